@@ -1,0 +1,47 @@
+"""Hidden states of all calibration sequences between two blocks."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MEMORY_LIMIT = 4 * 2**30  # bytes; larger stores go to a memory-mapped file
+
+
+class HiddenStates:
+    """One [1, seqlen, hidden_size] tensor a sequence, overwritten as the blocks go by.
+
+    Kept in memory up to `limit` bytes, beyond that in a memory-mapped file in `folder`, which is removed at the end.
+    """
+
+    def __init__(self, first: Tensor, nsamples: int, folder: Path | None = None, limit: int = MEMORY_LIMIT):
+        shape = (nsamples, *first.shape[1:])
+        size = nsamples * first.numel()
+        self.file: Path | None = None
+        if folder is not None and size * first.element_size() > limit:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = folder / "hidden_states.bin"
+            flat = torch.from_file(str(self.file), shared=True, size=size, dtype=first.dtype)
+            self._store = flat.view(shape)
+        else:
+            self._store = torch.empty(shape, dtype=first.dtype)
+        self._device = first.device
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._store[index : index + 1].to(self._device)
+
+    def __setitem__(self, index: int, hidden: Tensor) -> None:
+        self._store[index] = hidden[0].to(self._store.device)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
+
+    def close(self) -> None:
+        """Drop the states and their file."""
+        del self._store
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)

@@ -1,0 +1,372 @@
+"""A causal LM seen as embed -> blocks -> head, with the weights of one block in memory at a time.
+
+The only file that knows how Hugging Face models are built. It knows no architecture: the blocks are the longest
+ModuleList of the model, and how each is called is recorded from the model's own forward.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.pytorch_utils import Conv1D
+
+from compress.calib.weight_files import WeightFiles
+from compress.errors import InputError, RunError
+
+ROUTERS = ("gate", "router", "shared_expert_gate")  # small layers that choose experts: they stay dense
+CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+
+UNKNOWN = -1
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear map inside a block: a module, or one expert's slice of a 3-D parameter."""
+
+    name: str  # "model.layers.0.mlp.down_proj"; experts end in their number
+    param: str  # the parameter it is, or is a slice of
+    owner: nn.Module  # the module that holds the parameter
+    attribute: str  # the parameter's name in `owner`
+    index: int | None  # the slice of a 3-D parameter; None for a 2-D one
+    transposed: bool  # stored as [in, out]
+
+    @property
+    def stored(self) -> Tensor:
+        """The weight as the model holds it."""
+        parameter = getattr(self.owner, self.attribute)
+        return parameter if self.index is None else parameter[self.index]
+
+    @property
+    def weight(self) -> Tensor:
+        """A view of the weight, [out, in]."""
+        return self.stored.T if self.transposed else self.stored
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features), known before any weight is loaded."""
+        rows, columns = self.stored.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def install(self, weight: Tensor) -> None:
+        """Overwrite the weight with [out, in] of any float dtype."""
+        with torch.no_grad():
+            self.weight.copy_(weight)
+
+
+class Block:
+    """One transformer block with its weights loaded."""
+
+    def __init__(self, model: "Model", index: int):
+        self.index = index
+        self.name = f"{model.path}.{index}"
+        self.module = model.modules[index]
+        self.layers = model.layers_of(index)
+        self._model = model
+
+    @torch.no_grad()
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Hidden states in, hidden states out: [1, tokens, hidden_size]."""
+        args, kwargs = self._model.calls[hidden.shape[1]][self.index]
+        out = self.module(hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor of the block that a checkpoint holds, by its full name."""
+        return {f"{self.name}.{name}": tensor for name, tensor in self.module.state_dict().items()}
+
+
+class _Passer(nn.Module):
+    """Stands where a block stands: records how it is called and passes the hidden states on, or puts others in."""
+
+    def __init__(self, model: "Model", index: int, hidden: Tensor | None = None):
+        super().__init__()
+        self._parts = (model, index, hidden)  # a tuple, so that torch registers nothing
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            model, index, _ = self.__dict__["_parts"]
+            return getattr(model.modules[index], name)  # attention_type and the like, which some models ask blocks for
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        model, index, hidden = self._parts
+        if hidden is None:
+            kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
+            seen = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
+            model.seen.append((seen, args[1:], kwargs))
+            hidden = seen
+        if model.tuple_length == UNKNOWN:
+            raise _FirstCall
+        return hidden if model.tuple_length is None else (hidden, *[None] * (model.tuple_length - 1))
+
+
+class _FirstCall(Exception):  # noqa: N818 - not an error
+    """Ends the model's forward as soon as it has shown how it calls its first block."""
+
+
+class Model:
+    """A causal LM, streamed: embeddings, norms outside the blocks and the head stay in memory, blocks come and go.
+
+    Raises InputError if the folder's config, tokenizer or weights do not make a causal LM that can be split in blocks.
+    """
+
+    def __init__(self, folder: Path, files: WeightFiles, dtype: torch.dtype | None = None, device: str = "cpu"):
+        self.folder, self.files, self.device = folder, files, device
+        self.config = load_config(folder)
+        self.config._experts_implementation = "eager"  # one matrix product per expert, which can be watched
+        self.dtype = dtype or self.config.dtype or torch.float32
+        self.lm = _skeleton(self.config, self.dtype)
+        lists = [(n, m) for n, m in self.lm.base_model.named_modules() if isinstance(m, nn.ModuleList)]
+        if not lists:
+            raise InputError(f"{self.config.model_type}: found no list of transformer blocks in this architecture")
+        name, self.modules = max(lists, key=lambda pair: len(pair[1]))
+        prefix = "" if self.lm.base_model is self.lm else self.lm.base_model_prefix + "."
+        self.path = prefix + name
+        parent, _, self._slot = name.rpartition(".")
+        self._parent = self.lm.base_model.get_submodule(parent)
+        self.n_blocks = len(self.modules)
+        self._meta = {n: t.to("meta") for n, t in self.lm.state_dict().items()}
+        self._keys = self._sort_keys()
+        self.calls: dict[int, list[tuple[tuple, dict]]] = {}  # by sequence length: how each block is called
+        self.seen: list[tuple[Tensor, tuple, dict]] = []
+        self._checked: set[int] = set()
+        self.tuple_length: int | None = UNKNOWN  # of what blocks return; None: a bare tensor
+        self._load(-1)
+        self.lm.tie_weights()
+        self._require_loaded(self._outside())
+
+    # ---- weights ----
+
+    def _sort_keys(self) -> dict[int, list[str]]:
+        """Which of the files' tensors belong to which block; -1 is all that lies outside the blocks."""
+        mapping = get_model_conversion_mapping(self.lm)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        keys: dict[int, list[str]] = {index: [] for index in range(-1, self.n_blocks)}
+        for key in self.files.names():
+            name, _ = rename_source_key(key, renamings, converters, self.lm.base_model_prefix, self._meta)
+            if name not in self._meta and key in self._meta:
+                name = key
+            number = name.removeprefix(self.path + ".").partition(".")[0] if name.startswith(self.path + ".") else "-1"
+            keys[int(number)].append(key) if int(number) < self.n_blocks else None  # extra blocks: multi-token heads
+        return keys
+
+    def _load(self, index: int) -> None:
+        """Put the weights of one block (-1: everything outside) into the model, through transformers' own loader."""
+        mapping = get_model_conversion_mapping(self.lm)
+        state = {key: self.files.read(key) for key in self._keys[index]}
+        plan = LoadStateDictConfig(dtype=self.dtype, weight_mapping=mapping, device_map={"": self.device})
+        with _quiet():
+            info, _ = convert_and_load_state_dict_in_model(self.lm, state, plan)
+        if info.mismatched_keys:
+            name, found, wanted = sorted(info.mismatched_keys)[0]
+            raise InputError(f"{name} is {list(found)} in {self.folder} but config.json says {list(wanted)}")
+        if info.conversion_errors:
+            raise InputError(f"{self.folder}: {next(iter(info.conversion_errors.values()))}")
+
+    def _require_loaded(self, named: Iterator[tuple[str, Tensor]]) -> None:
+        missing = [name for name, tensor in named if tensor.is_meta]
+        if missing:
+            raise InputError(f"{self.folder} lacks {missing[0]} ({len(missing)} tensors): download it again")
+
+    def _outside(self) -> Iterator[tuple[str, Tensor]]:
+        """Tensors outside the blocks, each once even if tied."""
+        seen: set[int] = set()
+        for name, tensor in [*self.lm.named_parameters(remove_duplicate=False), *self._outside_buffers()]:
+            if not name.startswith(self.path + ".") and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield name, tensor
+
+    def _outside_buffers(self) -> list[tuple[str, Tensor]]:
+        return [(n, b) for n, b in self.lm.named_buffers() if n in self._meta and not n.startswith(self.path + ".")]
+
+    def outside(self) -> dict[str, Tensor]:
+        """Every tensor outside the blocks that a checkpoint holds, by name."""
+        return {name: tensor.detach() for name, tensor in self._outside()}
+
+    def as_stored(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors under the names, and in the pieces, that this architecture's checkpoints have on the hub."""
+        return revert_weight_conversion(self.lm, dict(state))
+
+    def blocks(self) -> Iterator[Block]:
+        """Each block in turn, loaded; the one before is freed."""
+        for index in range(self.n_blocks):
+            block = self.load_block(index)
+            try:
+                yield block
+            finally:
+                self._free(index)
+
+    def load_block(self, index: int) -> Block:
+        """One block with its weights in memory."""
+        self._load(index)
+        self._require_loaded(self.modules[index].named_parameters(prefix=f"{self.path}.{index}"))
+        return Block(self, index)
+
+    def _free(self, index: int) -> None:
+        for module in self.modules[index].modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    # ---- structure ----
+
+    def layers_of(self, index: int) -> list[Layer]:
+        """The linear layers of one block, in the order the block defines them."""
+        layers = []
+        for name, module in self.modules[index].named_modules():
+            full = f"{self.path}.{index}.{name}"
+            if isinstance(module, nn.Linear | Conv1D) and name.rpartition(".")[2] not in ROUTERS:
+                layers.append(Layer(full, f"{full}.weight", module, "weight", None, isinstance(module, Conv1D)))
+            elif hasattr(module, "num_experts"):
+                layers.extend(_expert_layers(full, module))
+        return layers
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The folder's tokenizer."""
+        if not hasattr(self, "_tokenizer"):
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
+            except (OSError, ValueError, KeyError) as error:
+                raise InputError(f"{self.folder} has no tokenizer that loads: {_first_line(error)}") from error
+        return self._tokenizer
+
+    def linear_names(self) -> list[str]:
+        """Names of all nn.Linear modules of the model, in and outside the blocks."""
+        return [name for name, module in self.lm.named_modules() if isinstance(module, nn.Linear)]
+
+    # ---- forward, in parts ----
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What enters the first block: token ids [tokens] to hidden states [1, tokens, hidden_size].
+
+        The first call of each sequence length records how the model calls its blocks.
+        """
+        if self.tuple_length == UNKNOWN:
+            self.tuple_length = self._probe_block(tokens)
+        self.seen = []
+        self._run(tokens.unsqueeze(0), [_Passer(self, index) for index in range(self.n_blocks)])
+        seen, self.seen = self.seen, []
+        calls = [(args, kwargs) for _, args, kwargs in seen]
+        length = len(tokens)
+        if length not in self.calls:
+            self.calls[length] = calls
+        elif length not in self._checked:
+            self._checked.add(length)
+            if not all(_same(a, b) for a, b in zip(calls, self.calls[length], strict=True)):
+                raise InputError(
+                    f"{self.config.model_type} hands its blocks more than hidden states that depends on the text: "
+                    "this architecture cannot be compressed block by block"
+                )
+        return seen[0][0]
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What leaves the last block, [1, tokens, hidden_size], to logits [1, tokens, vocab_size].
+
+        Final norm and head treat each position alone, so any slice of positions may be given.
+        """
+        tokens = torch.zeros(1, hidden.shape[1], dtype=torch.long, device=self.device)
+        return self._run(tokens, [_Passer(self, 0, hidden)]).logits
+
+    def _run(self, tokens: Tensor, stand_ins: list[nn.Module]) -> Any:
+        setattr(self._parent, self._slot, nn.ModuleList(stand_ins))
+        try:
+            return self.lm(tokens.to(self.device), use_cache=False)
+        finally:
+            setattr(self._parent, self._slot, self.modules)
+
+    def _probe_block(self, tokens: Tensor) -> int | None:
+        """Whether blocks return a tuple, and of what length: run the first one, as the model itself calls it."""
+        with contextlib.suppress(_FirstCall):
+            self._run(tokens.unsqueeze(0), [_Passer(self, index) for index in range(self.n_blocks)])
+        hidden, args, kwargs = self.seen.pop()
+        out = self.load_block(0).module(hidden, *args, **kwargs)
+        self._free(0)
+        return len(out) if isinstance(out, tuple) else None
+
+
+def load_config(folder: Path) -> transformers.PretrainedConfig:
+    """A model folder's configuration, without its quantization: our readers present dense tensors.
+
+    Raises InputError if it is missing or damaged. Remote code is never run.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}/config.json does not describe a model: {_first_line(error)}") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def _skeleton(config: transformers.PretrainedConfig, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """The model with its parameters on the meta device and its computed buffers (rotary tables) real."""
+    try:
+        with init_empty_weights(include_buffers=False), _quiet():
+            lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except ValueError as error:
+        raise InputError(f"{config.model_type} is not a causal language model: {_first_line(error)}") from error
+    except (TypeError, RuntimeError, ArithmeticError, KeyError) as error:
+        raise RunError(f"config.json does not make a {config.model_type} model: {_first_line(error)}") from error
+    return lm.eval().requires_grad_(False)
+
+
+def _expert_layers(name: str, module: nn.Module) -> list[Layer]:
+    """A layer for each expert's slice of a module's 3-D parameters."""
+    transposed = bool(getattr(module, "is_transposed", False))
+    return [
+        Layer(f"{name}.{attribute}.{expert}", f"{name}.{attribute}", module, attribute, expert, transposed)
+        for attribute, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+        for expert in range(len(parameter))
+    ]
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two calls hand over equal tensors."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict):
+        return all(_same(value, b.get(key)) for key, value in a.items())
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+class _quiet:  # noqa: N801 - a context manager, used like a function
+    """Silence transformers' own progress bars and reports while it builds or fills one piece of a model."""
+
+    def __enter__(self) -> None:
+        self.level = transformers.logging.get_verbosity()
+        self.bars = transformers.utils.logging.is_progress_bar_enabled()
+        transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        transformers.logging.set_verbosity(self.level)
+        if self.bars:
+            transformers.utils.logging.enable_progress_bar()

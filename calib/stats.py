@@ -1,0 +1,74 @@
+"""What calibration saw of one layer's input."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from compress.errors import RunError
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Sums over all calibration tokens of one input, shared by every layer that reads it (q, k and v, say).
+
+    Only what the recipe's methods need is filled in. Methods that are given an input no token ever reached (an expert
+    the router never chose) see `n_tokens == 0` and the statistics of white noise: unit variance, no correlation.
+    """
+
+    n_tokens: int
+    x_sq: Tensor | None = None  # [in]      float32, sum of squares of each input channel
+    hessian: Tensor | None = None  # [in, in] float32, sum of x xᵀ
+    sample: Tensor | None = None  # [k, in]  float32, a few inputs, to measure output errors with
+    factors: dict = field(default_factory=dict, compare=False)  # factorizations already made of `hessian`
+
+    def output_error(self, change: Tensor, weight: Tensor) -> tuple[float, str]:
+        """Relative squared error of the layer's output when `weight` [out, in] moves by `change` [out, in].
+
+        tr(Δ H Δᵀ) / tr(W H Wᵀ), and what stood for H: the Hessian, a sample of its tokens, or, without any
+        calibration, the identity.
+        """
+        if self.hessian is not None:
+            energy, measured = lambda w: ((w @ self.hessian) * w).sum(dtype=torch.float64), "hessian"
+        elif self.sample is not None:
+            energy, measured = lambda w: (w @ self.sample.T).square_().sum(dtype=torch.float64), "sample"
+        else:
+            energy, measured = lambda w: w.square().sum(dtype=torch.float64), "weights"
+        total = energy(weight).item()
+        return (energy(change).item() / total if total > 0 else 0.0), measured
+
+
+def inverse_factor(stats: LayerStats, damping: float, order: Tensor | None = None) -> tuple[Tensor, float]:
+    """Upper Cholesky factor U of the inverse of the damped Hessian (H⁻¹ = Uᵀ U), and the damping it took.
+
+    `damping` is a share of the mean diagonal of H added to its diagonal (GPTQ, arXiv:2210.17323, section 3.3; SparseGPT,
+    arXiv:2301.00774). It is multiplied by ten until the factorization succeeds. Inputs that were always zero get a unit
+    diagonal. `order` permutes the inputs first. Layers that share statistics share the factor.
+
+    Raises RunError if even a damping of the mean diagonal itself does not make it positive definite.
+    """
+    key = (damping, None if order is None else tuple(order.tolist()))
+    if key not in stats.factors:
+        stats.factors[key] = _factorize(stats.hessian, damping, order)
+    return stats.factors[key]
+
+
+def _factorize(hessian: Tensor, damping: float, order: Tensor | None) -> tuple[Tensor, float]:
+    diagonal = hessian.diagonal()
+    if not torch.isfinite(diagonal).all():
+        raise RunError("the calibration inputs of a layer hold NaN or infinity: check the model's weights and the data")
+    mean = diagonal.mean().item()
+    dead = diagonal == 0
+    while damping <= 1.0:
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * mean).masked_fill_(dead, max(mean, 1e-30))
+        if order is not None:
+            damped = damped[order][:, order]
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            inverse = torch.cholesky_inverse(lower, out=damped)
+            factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed and torch.isfinite(factor).all():
+                return factor, damping
+        damping *= 10
+    raise RunError("a layer's Hessian is not positive definite even with full damping: use more calibration samples")

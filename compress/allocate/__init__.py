@@ -1,0 +1,1 @@
+"""How much each layer is asked to give: one file per rule."""

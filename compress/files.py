@@ -1,0 +1,86 @@
+"""Files that are whole or not there: written aside, synced to disk, then renamed."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compress.errors import RunError
+
+PARTIAL = ".partial"
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn "no space left" and its kin into one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(
+                f"no space left writing {path}: everything finished is kept; free some space and run the same command again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise RunError(f"may not write {path}: choose another --out, or mend its permissions") from error
+        raise
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file aside, sync it, and rename it to `path`: a reader sees the old one or the whole new one."""
+    aside = path.with_name(path.name + PARTIAL)
+    with disk_errors(path):
+        try:
+            write(aside)
+            sync(aside)
+            os.replace(aside, path)
+            sync(path.parent)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file."""
+    replace_file(path, lambda aside: aside.write_text(text, encoding="utf-8") and None)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Replace a safetensors file."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+    def write(aside: Path) -> None:
+        try:
+            save_file(contiguous, aside, metadata={"format": "pt", **(metadata or {})})
+        except Exception as error:  # safetensors wraps the operating system's error in its own
+            if "os error 28" in str(error) or "No space left" in str(error):
+                raise OSError(errno.ENOSPC, "no space left") from error
+            raise
+
+    replace_file(path, write)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

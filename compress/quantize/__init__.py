@@ -1,0 +1,1 @@
+"""How the weights that stay are rounded: one file per method."""

@@ -1,0 +1,1 @@
+"""Packed weights and the arithmetic on them."""

@@ -1,0 +1,161 @@
+"""Packed weights: the values a compressed layer may take, and how they lie in memory.
+
+A memory layout is one small frozen class with `dequantize`, `tensors`, `from_tensors` and `nbytes`. A new layout is a
+new class, never a flag on an old one.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.kernels.packing import pack, unpack
+
+SMALLEST_SCALE = 2.0**-14  # smallest normal float16: below it a rounded scale loses mantissa bits
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values each group of weights may take: scale * (code - zero_point), code in 0 .. 2**bits - 1.
+
+    Zero is always one of them, so a pruned weight is exactly zero on any grid.
+    """
+
+    scale: Tensor  # [out, groups] float32, already rounded to what a checkpoint stores
+    zero_point: Tensor  # [out, groups] float32, whole numbers; 2**(bits - 1) everywhere if symmetric
+    bits: int
+
+    @classmethod
+    def fit(
+        cls,
+        groups: Tensor,
+        bits: int,
+        symmetric: bool = True,
+        scale_dtype: torch.dtype = torch.float16,
+        importance: Tensor | None = None,
+        shrink_steps: int = 0,
+    ) -> "Grid":
+        """The grid of each group of weights.
+
+        `groups`: [out, groups, group_size] float32. Min-max if `shrink_steps` is 0; otherwise ranges shrunk to
+        1, 1 - 0.8/shrink_steps, ... of min-max are tried and each group keeps the one with the smallest squared
+        error, weighted by `importance` ([groups, group_size], such as the Hessian's diagonal).
+        `scale_dtype` is what the checkpoint stores; scales are also kept float16-representable.
+        """
+        best = cls._spanning(groups, 1.0, bits, symmetric, scale_dtype)
+        if not shrink_steps:
+            return best
+        least = best._error(groups, importance)
+        for step in range(1, shrink_steps):
+            grid = cls._spanning(groups, 1.0 - 0.8 * step / shrink_steps, bits, symmetric, scale_dtype)
+            error = grid._error(groups, importance)
+            better = error < least
+            least = torch.where(better, error, least)
+            best = cls(
+                torch.where(better, grid.scale, best.scale),
+                torch.where(better, grid.zero_point, best.zero_point),
+                bits,
+            )
+        return best
+
+    @classmethod
+    def _spanning(
+        cls, groups: Tensor, ratio: float, bits: int, symmetric: bool, scale_dtype: torch.dtype
+    ) -> "Grid":
+        """The grid over `ratio` of each group's range."""
+        levels = 2**bits - 1
+        low, high = groups.amin(-1).clamp(max=0) * ratio, groups.amax(-1).clamp(min=0) * ratio
+        if symmetric:
+            scale = torch.maximum(-low, high) / (levels / 2)
+            scale = _storable(scale, scale_dtype)
+            return cls(scale, torch.full_like(scale, 2 ** (bits - 1)), bits)
+        scale = _storable((high - low) / levels, scale_dtype)
+        return cls(scale, (-low / scale).round().clamp(0, levels), bits)
+
+    def _error(self, groups: Tensor, importance: Tensor | None) -> Tensor:
+        codes = torch.addcdiv(self.zero_point.unsqueeze(-1), groups, self.scale.unsqueeze(-1))
+        codes = codes.round_().clamp_(0, 2**self.bits - 1)
+        square = codes.sub_(self.zero_point.unsqueeze(-1)).mul_(self.scale.unsqueeze(-1)).sub_(groups).square_()
+        return square.sum(-1) if importance is None else (square * importance).sum(-1)
+
+    def encode(self, weight: Tensor, group: int | Tensor) -> Tensor:
+        """Codes (float32, whole numbers) of weights [out, ...] that lie in `group` (one index, or one per column)."""
+        scale, zero_point = self._of(group, weight.dim())
+        return (weight / scale).add_(zero_point).round_().clamp_(0, 2**self.bits - 1)
+
+    def decode(self, codes: Tensor, group: int | Tensor) -> Tensor:
+        """Weights (float32) of codes [out, ...] that lie in `group`."""
+        scale, zero_point = self._of(group, codes.dim())
+        return (codes - zero_point) * scale
+
+    def _of(self, group: int | Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        scale, zero_point = self.scale[:, group], self.zero_point[:, group]
+        return (scale, zero_point) if scale.dim() == dim else (scale.unsqueeze(-1), zero_point.unsqueeze(-1))
+
+
+def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest positive scale that both `dtype` and float16 hold exactly."""
+    stored = torch.float16 if dtype == torch.float32 else dtype
+    return scale.clamp(SMALLEST_SCALE, 32768.0).to(stored).float()
+
+
+@dataclass(frozen=True)
+class IntWeight:
+    """Integer codes of one linear layer with a scale and a zero point for each group of its inputs."""
+
+    packed: Tensor  # [out, ceil(in * bits / 32)] int32, a bit stream along the inputs (kernels/packing.py)
+    scale: Tensor  # [out, in / group_size] float16 or bfloat16
+    zero_point: Tensor | None  # [out, in / group_size] uint8; None: symmetric, 2**(bits - 1) everywhere
+    bits: int
+    group_size: int
+    in_features: int
+
+    @classmethod
+    def from_codes(
+        cls, codes: Tensor, grid: Grid, group_size: int, symmetric: bool, scale_dtype: torch.dtype
+    ) -> "IntWeight":
+        """Pack codes [out, in] (whole numbers, any dtype) that lie on `grid`."""
+        stored = torch.float16 if scale_dtype == torch.float32 else scale_dtype
+        return cls(
+            packed=pack(codes.to(torch.uint8), grid.bits),
+            scale=grid.scale.to(stored),
+            zero_point=None if symmetric else grid.zero_point.to(torch.uint8),
+            bits=grid.bits,
+            group_size=group_size,
+            in_features=codes.shape[1],
+        )
+
+    @property
+    def out_features(self) -> int:
+        return self.packed.shape[0]
+
+    @property
+    def symmetric(self) -> bool:
+        return self.zero_point is None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors().values())
+
+    def codes(self) -> Tensor:
+        """Unsigned codes, uint8 [out, in]."""
+        return unpack(self.packed, self.bits, self.in_features)
+
+    def dequantize(self) -> Tensor:
+        """float32 [out, in]; exact, since a code has at most 8 bits and a scale at most 11."""
+        zero_point = 2 ** (self.bits - 1) if self.zero_point is None else self.zero_point.float().unsqueeze(-1)
+        groups = self.codes().float().unflatten(1, (-1, self.group_size))
+        return groups.sub_(zero_point).mul_(self.scale.float().unsqueeze(-1)).flatten(1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file has to hold, beside `description`."""
+        named = {"packed": self.packed, "scale": self.scale, "zero_point": self.zero_point}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def description(self) -> dict[str, int]:
+        return {"bits": self.bits, "group_size": self.group_size, "in_features": self.in_features}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], description: dict[str, int]) -> "IntWeight":
+        """The inverse of `tensors` and `description`."""
+        return cls(tensors["packed"], tensors["scale"], tensors.get("zero_point"), **description)
