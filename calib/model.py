@@ -106,7 +106,7 @@ class _Passer(nn.Module):
             return getattr(model.modules[index], name)  # attention_type and the like, which some models ask blocks for
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        model, index, hidden = self._parts
+        model, _, hidden = self._parts
         if hidden is None:
             kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
             seen = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
@@ -117,7 +117,7 @@ class _Passer(nn.Module):
         return hidden if model.tuple_length is None else (hidden, *[None] * (model.tuple_length - 1))
 
 
-class _FirstCall(Exception):  # noqa: N818 - not an error
+class _FirstCall(Exception):
     """Ends the model's forward as soon as it has shown how it calls its first block."""
 
 
@@ -357,7 +357,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-class _quiet:  # noqa: N801 - a context manager, used like a function
+class _quiet:
     """Silence transformers' own progress bars and reports while it builds or fills one piece of a model."""
 
     def __enter__(self) -> None:

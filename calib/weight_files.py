@@ -25,6 +25,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
+        """Bytes in the file."""
         size = DTYPES[self.dtype]
         for length in self.shape:
             size *= length

@@ -39,7 +39,7 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
         try:
             write(aside)
             sync(aside)
-            os.replace(aside, path)
+            aside.replace(path)
             sync(path.parent)
         except BaseException:
             aside.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.kernels.packing import pack, unpack
+from compress.kernels.packing import pack, unpack, words_for
 
 SMALLEST_SCALE = 2.0**-14  # smallest normal float16: below it a rounded scale loses mantissa bits
 
@@ -59,9 +59,7 @@ class Grid:
         return best
 
     @classmethod
-    def _spanning(
-        cls, groups: Tensor, ratio: float, bits: int, symmetric: bool, scale_dtype: torch.dtype
-    ) -> "Grid":
+    def _spanning(cls, groups: Tensor, ratio: float, bits: int, symmetric: bool, scale_dtype: torch.dtype) -> "Grid":
         """The grid over `ratio` of each group's range."""
         levels = 2**bits - 1
         low, high = groups.amin(-1).clamp(max=0) * ratio, groups.amax(-1).clamp(min=0) * ratio
@@ -73,24 +71,14 @@ class Grid:
         return cls(scale, (-low / scale).round().clamp(0, levels), bits)
 
     def _error(self, groups: Tensor, importance: Tensor | None) -> Tensor:
-        codes = torch.addcdiv(self.zero_point.unsqueeze(-1), groups, self.scale.unsqueeze(-1))
-        codes = codes.round_().clamp_(0, 2**self.bits - 1)
+        codes = self.encode_groups(groups)
         square = codes.sub_(self.zero_point.unsqueeze(-1)).mul_(self.scale.unsqueeze(-1)).sub_(groups).square_()
         return square.sum(-1) if importance is None else (square * importance).sum(-1)
 
-    def encode(self, weight: Tensor, group: int | Tensor) -> Tensor:
-        """Codes (float32, whole numbers) of weights [out, ...] that lie in `group` (one index, or one per column)."""
-        scale, zero_point = self._of(group, weight.dim())
-        return (weight / scale).add_(zero_point).round_().clamp_(0, 2**self.bits - 1)
-
-    def decode(self, codes: Tensor, group: int | Tensor) -> Tensor:
-        """Weights (float32) of codes [out, ...] that lie in `group`."""
-        scale, zero_point = self._of(group, codes.dim())
-        return (codes - zero_point) * scale
-
-    def _of(self, group: int | Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        scale, zero_point = self.scale[:, group], self.zero_point[:, group]
-        return (scale, zero_point) if scale.dim() == dim else (scale.unsqueeze(-1), zero_point.unsqueeze(-1))
+    def encode_groups(self, groups: Tensor) -> Tensor:
+        """The nearest codes (float32, whole numbers) of weights [out, groups, group_size]."""
+        codes = torch.addcdiv(self.zero_point.unsqueeze(-1), groups, self.scale.unsqueeze(-1))
+        return codes.round_().clamp_(0, 2**self.bits - 1)
 
 
 def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -125,16 +113,33 @@ class IntWeight:
             in_features=codes.shape[1],
         )
 
+    @classmethod
+    def planned(cls, shape: tuple[int, int], bits: int, group_size: int, symmetric: bool) -> "IntWeight":
+        """A weight of (out, in) features without values, on the meta device: it knows its size and its description."""
+        out_features, in_features = shape
+        groups = (out_features, in_features // group_size)
+        return cls(
+            packed=torch.empty(out_features, words_for(in_features, bits), dtype=torch.int32, device="meta"),
+            scale=torch.empty(groups, dtype=torch.float16, device="meta"),
+            zero_point=None if symmetric else torch.empty(groups, dtype=torch.uint8, device="meta"),
+            bits=bits,
+            group_size=group_size,
+            in_features=in_features,
+        )
+
     @property
     def out_features(self) -> int:
+        """Rows of the weight."""
         return self.packed.shape[0]
 
     @property
     def symmetric(self) -> bool:
+        """Whether zero lies in the middle of the codes, so that no zero points are stored."""
         return self.zero_point is None
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all its tensors."""
         return sum(t.nbytes for t in self.tensors().values())
 
     def codes(self) -> Tensor:
@@ -153,6 +158,7 @@ class IntWeight:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def description(self) -> dict[str, int]:
+        """What the tensors do not say themselves."""
         return {"bits": self.bits, "group_size": self.group_size, "in_features": self.in_features}
 
     @classmethod

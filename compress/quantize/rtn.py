@@ -23,6 +23,5 @@ def quantize_layer(task: LayerTask, options: Options) -> LayerTask:
     plan = task.plan
     groups = task.weight.unflatten(1, (-1, task.group_size))
     grid = Grid.fit(groups, plan.wbits, plan.symmetric, task.dtype, shrink_steps=options.shrink_steps)
-    codes = (groups / grid.scale.unsqueeze(-1)).add_(grid.zero_point.unsqueeze(-1)).round_()
-    codes = codes.clamp_(0, 2**plan.wbits - 1).flatten(1)
+    codes = grid.encode_groups(groups).flatten(1)
     return task.quantized(IntWeight.from_codes(codes, grid, task.group_size, plan.symmetric, task.dtype))

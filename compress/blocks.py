@@ -1,0 +1,189 @@
+"""The loop over transformer blocks: observe, apply every step to every layer, save, move on."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.calib.hidden import HiddenStates
+from compress.calib.model import Block, Layer, Model
+from compress.calib.observe import observe, shared_inputs, stages
+from compress.calib.stats import LayerStats
+from compress.checkpoint.native import Contents, decode, encode
+from compress.checkpoint.stored import StoredLayer
+from compress.clock import Clock
+from compress.errors import RunError
+from compress.plan import PlannedLayer
+from compress.progress import Reporter
+from compress.run_dir import RunDir
+from compress.steps import Step
+from compress.task import LayerTask
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the loop needs to know."""
+
+    model: Model
+    steps: list[Step]
+    plans: dict[str, PlannedLayer]
+    run: RunDir
+    sequential: bool
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The statistics that the steps read."""
+        return frozenset[str]().union(*(step.needs for step in self.steps))
+
+
+def block_key(index: int) -> str:
+    """What the run folder calls a block."""
+    return f"{index:04d}"
+
+
+def compress_blocks(work: Work, tokens: Tensor | None, reporter: Reporter) -> None:
+    """Take every block through the steps, or only replay it where an earlier sitting finished it.
+
+    `tokens`: [nsamples, seqlen] int64, or None if no step needs calibration.
+    """
+    clock = Clock()
+    hidden = None if tokens is None else _embed(work, tokens)
+    clock.lap("embed")
+    with reporter.stage("block", work.model.n_blocks) as stage:
+        for block in work.model.blocks():
+            clock.lap("load")
+            key = block_key(block.index)
+            if work.run.has(key):
+                note = _replay(work, block)
+                clock.lap("load")
+            else:
+                note = _compress_block(work, block, hidden, clock)
+            if hidden is not None and block.index + 1 < work.model.n_blocks:
+                for index in range(len(hidden)):
+                    hidden[index] = block(hidden[index])
+            clock.lap("forward")
+            work.run.journal.write(event="block", block=block.index, seconds=_rounded(clock.seconds))
+            clock = Clock()
+            stage.step(note)
+    if hidden is not None:
+        hidden.close()
+
+
+def _embed(work: Work, tokens: Tensor) -> HiddenStates:
+    """The hidden states that enter the first block."""
+    first = work.model.embed(tokens[0])
+    hidden = HiddenStates(first, len(tokens), work.run.path)
+    hidden[0] = first
+    for index in range(1, len(tokens)):
+        hidden[index] = work.model.embed(tokens[index])
+    return hidden
+
+
+def _replay(work: Work, block: Block) -> str:
+    """Give a block the weights an earlier sitting made."""
+    key = block_key(block.index)
+    contents = decode(*work.run.restore(key), where=key)
+    packed = {layer.name: layer.packed for layer in contents.layers}
+    state = block.state()
+    for name, tensor in contents.dense.items():
+        state[name].copy_(tensor)
+    for layer in block.layers:
+        if layer.name in packed:
+            layer.install(packed[layer.name].dequantize())
+    work.run.journal.write(event="replayed", block=block.index, seconds=work.run.figures(key)["seconds"])
+    return "finished before"
+
+
+def _compress_block(work: Work, block: Block, hidden: HiddenStates | None, clock: Clock) -> str:
+    """Observe, compress and save one block. Returns a line about it for the reader."""
+    started = time.monotonic()
+    if hidden is None:
+        shared = {layer.name: layer.name for layer in block.layers}
+    else:
+        shared = shared_inputs(block, hidden[0])
+    groups = stages(block, shared)
+    if not work.sequential:
+        groups = [[layer for group in groups for layer in group]]
+    tasks: list[LayerTask] = []
+    worst, worst_error = "", 0.0
+    for group in groups:
+        stats = observe(block, group, hidden, work.needs, shared) if hidden is not None else {}
+        clock.lap("observe")
+        for layer in group:
+            task, error = _compress_layer(work, layer, stats.pop(layer.name, LayerStats(0)))
+            layer.install(task.weight)
+            tasks.append(task)
+            if error >= worst_error:
+                worst, worst_error = layer.name.removeprefix(block.name + "."), error
+        clock.lap("solve")
+    for layer in block.layers:
+        if layer.name not in shared:
+            work.run.journal.write(event="note", layer=layer.name, note="left dense: the forward never calls it")
+    _save(work, block, tasks, time.monotonic() - started)
+    clock.lap("save")
+    return f"error up to {worst_error:.3g} ({worst})"
+
+
+def _compress_layer(work: Work, layer: Layer, stats: LayerStats) -> tuple[LayerTask, float]:
+    """One layer through every step, with a line in the journal for each. Returns it with its relative output error."""
+    weight = layer.weight.float().contiguous()
+    if not torch.isfinite(weight).all():
+        raise RunError(f"{layer.name} holds NaN or infinity as it came: the model's files are damaged")
+    task = LayerTask(layer.name, weight, weight, stats, work.plans[layer.name].plan, work.model.dtype)
+    if work.needs and not stats.n_tokens:
+        task = task.noted(
+            "no calibration token reached this layer, so its inputs count as white noise: use more samples"
+        )
+    error, noted = 0.0, 0
+    for step in work.steps:
+        started = time.monotonic()
+        task = step.run(task)
+        seconds = time.monotonic() - started
+        error, measured_on = stats.output_error(task.weight - weight, weight)
+        if not torch.isfinite(task.weight).all():
+            raise RunError(f"{step.name} made NaN or infinity of {layer.name}: use more calibration samples or damping")
+        work.run.journal.write(
+            event="layer", layer=layer.name, step=step.stage, method=step.name, seconds=round(seconds, 4),
+            error=error, error_on=measured_on, density=_density(task), bits=_bits(task, layer),
+            notes=task.notes[noted:],
+        )  # fmt: skip
+        noted = len(task.notes)
+    return task, error
+
+
+def _density(task: LayerTask) -> float:
+    return 1.0 if task.keep is None else task.keep.float().mean().item()
+
+
+def _bits(task: LayerTask, layer: Layer) -> float:
+    """Bits a weight takes, scales and zero points counted."""
+    if task.packed is None:
+        return layer.stored.element_size() * 8.0
+    return task.packed.nbytes * 8 / task.weight.numel()
+
+
+def _save(work: Work, block: Block, tasks: list[LayerTask], seconds: float) -> None:
+    """Put the finished block in the run folder."""
+    layers = {layer.name: layer for layer in block.layers}
+    stored = [
+        StoredLayer(
+            task.name, layers[task.name].param, layers[task.name].index, layers[task.name].transposed, task.packed
+        )
+        for task in tasks
+        if task.packed is not None
+    ]
+    replaced = {layer.param for layer in stored}
+    dense = {name: tensor for name, tensor in block.state().items() if name not in replaced}
+    masks = {task.name: task.keep for task in tasks if task.keep is not None}
+    figures = {
+        "weights": sum(task.weight.numel() for task in tasks),
+        "pruned": sum(int((~task.keep).sum()) for task in tasks if task.keep is not None),
+        "bits": sum(_bits(task, layers[task.name]) * task.weight.numel() for task in tasks),
+        "seconds": round(seconds, 3),
+    }
+    work.run.save(block_key(block.index), *encode(Contents(stored, dense, masks)), figures)
+
+
+def _rounded(seconds: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in seconds.items()}

@@ -1,0 +1,232 @@
+"""compressed-tensors, format pack-quantized: what vLLM and transformers load. Written dense, as version 0.19 and later.
+
+A layer NAME is NAME.weight_packed, .weight_scale, .weight_shape and, if asymmetric, .weight_zero_point, which is packed
+along the outputs. The library speaks of signed codes but stores them shifted by 2**(bits - 1), so our unsigned codes
+and zero points go in as they are.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.checkpoint.dense_view import PackedFiles, decoded
+from compress.checkpoint.stored import StoredLayer, exact, group_sizes, refuse
+from compress.errors import InputError, RunError
+from compress.kernels.packing import pack, unpack, words_for
+from compress.kernels.weights import IntWeight
+
+QUANT_METHOD = "compressed-tensors"
+VERSION = "0.20.0"  # of the library whose layout this is: 0.17 packed 3-bit codes otherwise
+FORMAT = "pack-quantized"
+READABLE = (FORMAT, "int-quantized", "naive-quantized")
+BITS = (2, 3, 4, 8)
+
+REFUSALS = (
+    (
+        lambda layer: layer.index is not None,
+        "compressed-tensors cannot hold {name}, a slice of one parameter for all experts: native can",
+    ),
+    (
+        lambda layer: layer.transposed,
+        "compressed-tensors cannot hold {name}, a Conv1D layer, which its loaders do not know: native can",
+    ),
+    (
+        lambda layer: layer.embedding,
+        "compressed-tensors cannot hold {name}, an embedding: transformers fails to run one it loaded packed; native can",
+    ),
+    (
+        lambda layer: layer.packed.bits not in BITS,
+        "compressed-tensors is written with 2, 3, 4 or 8 bits, which {name} does not have: native can hold it",
+    ),
+)
+
+
+def refusal(layers: Sequence[StoredLayer]) -> str | None:
+    """One sentence on why this format cannot hold the layers, and which can; None if it does."""
+    return refuse(layers, REFUSALS)
+
+
+def layer_tensors(layer: StoredLayer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one layer by full name: codes int32, scales in the model's `dtype`, shape int64 [2].
+
+    The library decodes in the dtype of the scales, so a float32 model needs them in float32 to decode exactly.
+    Raises RunError if the scales do not fit `dtype`.
+    """
+    weight = layer.packed
+    tensors = {
+        "weight_packed": weight.packed,
+        "weight_scale": exact(weight.scale, dtype, layer.name),
+        "weight_shape": torch.tensor([weight.out_features, weight.in_features], dtype=torch.int64),
+    }
+    if weight.zero_point is not None:
+        tensors["weight_zero_point"] = pack(weight.zero_point.T, weight.bits).T.contiguous()
+    return {f"{layer.name}.{part}": tensor for part, tensor in tensors.items()}
+
+
+def quantization_config(layers: Sequence[StoredLayer], ignore: Sequence[str]) -> dict[str, Any]:
+    """What config.json says. `ignore`: names of all nn.Linear modules that are not quantized, such as "lm_head".
+
+    Layers that are alike are one group with the target "Linear"; otherwise each kind is a group that names its layers.
+    """
+    sizes = group_sizes(layers)
+    kinds: dict[tuple[int, int, bool], list[str]] = {}
+    for layer in layers:
+        kind = (layer.packed.bits, sizes[layer.name], layer.packed.symmetric)
+        kinds.setdefault(kind, []).append(layer.name)
+    groups = {
+        f"group_{i}": {
+            "targets": ["Linear"] if len(kinds) == 1 else names,
+            "format": FORMAT,
+            "input_activations": None,
+            "output_activations": None,
+            "weights": _weights(*kind),
+        }
+        for i, (kind, names) in enumerate(kinds.items())
+    }
+    return {
+        "quant_method": QUANT_METHOD,
+        "version": VERSION,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": list(ignore),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "sparsity_config": {},
+        "transform_config": {},
+    }
+
+
+def _weights(bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:
+    return {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": "channel" if group_size == -1 else "group",
+        "group_size": None if group_size == -1 else group_size,
+        "actorder": None,
+        "block_structure": None,
+        "dynamic": False,
+        "observer": None,
+        "observer_kwargs": {},
+        "scale_dtype": None,
+        "zp_dtype": None if symmetric else "torch.int8",
+    }
+
+
+def side_files(config: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON files that stand beside a checkpoint's config.json, by name: none."""
+    return {}
+
+
+class CompressedTensorsFiles(PackedFiles):
+    """The dense view of integer weights in compressed-tensors files, ours and other tools'.
+
+    Quantized activations leave no trace in it: a W8A8 checkpoint is read as its weights.
+    Raises InputError for a format, type or strategy that is not integers by group, row or tensor.
+    """
+
+    PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight")
+
+    def find_packed(self) -> dict[str, tuple[str, ...]]:
+        """Every layer with packed codes, or with 8-bit codes and scales."""
+        if self.settings.get("sparsity_config"):
+            raise InputError(f"{self.folder} has a sparsity_config, which nothing reads any more: export it densely")
+        self.targets = _targets(self.settings, str(self.folder))
+        if ordered := self.layers_with("weight_g_idx"):
+            raise InputError(f"{ordered[0]} in {self.folder} permutes its inputs (actorder group), which is not read")
+        whole = [name for name in self.layers_with("weight_scale") if self._is_int8(f"{name}.weight")]
+        return {f"{layer}.weight": (layer,) for layer in [*self.layers_with("weight_packed"), *whole]}
+
+    def _is_int8(self, name: str) -> bool:
+        return name in self.entries and self.entries[name].dtype == "I8"
+
+    def layer(self, name: str) -> IntWeight:
+        """One layer's codes. Raises RunError if its tensors do not fit its description."""
+        weights = _match(name, self.targets)
+        bits: int = weights["num_bits"]
+        if f"{name}.weight_packed" in self.entries:
+            packed, (out, length) = self.part(name, "weight_packed"), self.part(name, "weight_shape").tolist()
+        else:
+            signed = self.part(name, "weight")
+            packed, (out, length) = pack(signed.to(torch.int16) + 128, 8), signed.shape
+        scale = self._rows(name, "weight_scale", out, weights)
+        groups = scale.shape[1]
+        size = weights["group_size"] if weights["strategy"] == "group" else length
+        if tuple(packed.shape) != (out, words_for(length, bits)) or groups * size != length:
+            raise RunError(
+                f"{name} has codes {list(packed.shape)} and {groups} scales a row, which is not {bits} bits for "
+                f"[{out}, {length}] in groups of {size}: damaged, or packed before compressed-tensors 0.19; export it again"
+            )
+        return IntWeight(packed, scale, self._zero_point(name, out, weights), bits, size, length)
+
+    def _zero_point(self, name: str, out: int, weights: Mapping[str, Any]) -> Tensor | None:
+        """uint8 [out, groups]; None if symmetric."""
+        if weights["symmetric"]:
+            return None
+        bits: int = weights["num_bits"]
+        if f"{name}.weight_packed" in self.entries and weights["strategy"] != "tensor":
+            packed = self.part(name, "weight_zero_point")
+            if packed.shape[0] != words_for(out, bits):
+                raise RunError(f"{name}.weight_zero_point does not hold {out} rows: damaged; export it again")
+            return unpack(packed.T, bits, out).T.contiguous()
+        signed = self._rows(name, "weight_zero_point", out, weights)
+        return (signed.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+
+    def _rows(self, name: str, part: str, out: int, weights: Mapping[str, Any]) -> Tensor:
+        """A tensor of one value a group as [out, groups], whichever of its dimensions the file leaves out."""
+        tensor = self.part(name, part)
+        if weights["strategy"] == "tensor" and tensor.numel() == 1:
+            return tensor.reshape(1, 1).expand(out, 1).contiguous()
+        if not tensor.numel() or tensor.numel() % out:
+            raise RunError(f"{name}.{part} is {list(tensor.shape)} for {out} rows: damaged; export it again")
+        return tensor.reshape(out, -1)
+
+    def decode(self, layer: str) -> Tensor:
+        """One layer in the model's dtype, [out, in]."""
+        return decoded(self.layer(layer), self.dtype)
+
+
+def _targets(settings: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    """How weights are quantized, by target, with the defaults of the library filled in."""
+    found = {}
+    for name, group in settings.get("config_groups", {}).items():
+        if not isinstance(group, dict) or not isinstance(group.get("targets"), list):
+            raise InputError(f"{name} in the config_groups of {where} is no description with targets: export it again")
+        if group.get("weights") is None:
+            continue
+        layout = group.get("format") or settings.get("format")
+        weights = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None, **group["weights"]}
+        size = weights["group_size"]
+        inferred = "tensor" if size is None else "channel" if size == -1 else "group"
+        weights["strategy"] = weights.get("strategy") or inferred
+        if layout not in READABLE:
+            raise InputError(
+                f'{where} is in the compressed-tensors format "{layout}": only {", ".join(READABLE)} are read'
+            )
+        readable = weights["strategy"] in ("group", "channel", "tensor") and 2 <= weights["num_bits"] <= 8
+        if weights["type"] != "int" or not readable:
+            raise InputError(
+                f"{where} has {weights['num_bits']}-bit {weights['type']} weights by {weights['strategy']}: "
+                "only integers of 2 to 8 bits by group, channel or tensor are read"
+            )
+        found |= dict.fromkeys(group["targets"], weights)
+    return found
+
+
+def _match(layer: str, targets: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """How one layer is quantized: by its own name, a pattern "re:...", or its class, in the library's order."""
+    if layer in targets:
+        return targets[layer]
+    for target in sorted(targets):
+        if target.startswith("re:") and re.match(target.removeprefix("re:"), layer):
+            return targets[target]
+    if "Linear" in targets:
+        return targets["Linear"]
+    raise RunError(f"no target in config.json's quantization_config is meant for {layer}: restore config.json")
+
+
+READER = CompressedTensorsFiles

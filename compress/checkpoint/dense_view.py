@@ -1,0 +1,112 @@
+"""A checkpoint of packed layers, read as if it were an ordinary one."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.calib.weight_files import Entry, WeightFiles
+from compress.errors import InputError, RunError
+from compress.kernels.weights import IntWeight
+
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors spells them
+ROWS = 16384  # decoded at a time
+NAMED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class PackedFiles(WeightFiles):
+    """The dense view: `read` decodes packed layers to the model's dtype and hands other tensors over as they are.
+
+    A subclass names the tensors of a layer in `PARTS`, finds the layers in `find_packed`, and decodes one in `decode`.
+    Raises InputError if config.json is missing or not one this format writes.
+    """
+
+    PARTS: tuple[str, ...] = ()  # a layer's tensors are called NAME.PART
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        config = read_config(folder)
+        self.dtype = model_dtype(config, self.entries)
+        self.settings: dict[str, Any] = quantization_settings(config)
+        self.packed = self.find_packed()
+        parts = {f"{layer}.{part}" for layers in self.packed.values() for layer in layers for part in self.PARTS}
+        self.plain = [name for name in self.entries if name not in parts]
+
+    def names(self) -> Iterable[str]:
+        """Dense tensors of the file, then the parameters that packed layers decode to."""
+        return [*self.plain, *self.packed]
+
+    def read(self, name: str) -> Tensor:
+        """One dense tensor; a packed one as the decoded float32 values rounded once to the model's dtype."""
+        return self.decode(self.packed[name][0]) if name in self.packed else self.stored(name)
+
+    def find_packed(self) -> dict[str, tuple[str, ...]]:
+        """Which layers make up each packed parameter."""
+        raise NotImplementedError
+
+    def decode(self, layer: str) -> Tensor:
+        """One layer in the model's dtype, [out, in]. Raises RunError if its tensors do not fit together."""
+        raise NotImplementedError
+
+    def part(self, layer: str, part: str) -> Tensor:
+        """The tensor NAME.PART. Raises RunError if the file lacks it."""
+        name = f"{layer}.{part}"
+        if name not in self.entries:
+            raise RunError(f"{self.folder} lacks the tensor {name}: restore or download this checkpoint again")
+        return self.stored(name)
+
+    def layers_with(self, part: str) -> list[str]:
+        """Names of the layers that have the tensor NAME.PART."""
+        return [name.removesuffix("." + part) for name in self.entries if name.endswith("." + part)]
+
+
+def decoded(weight: IntWeight, dtype: torch.dtype) -> Tensor:
+    """[out, in] of a packed weight in `dtype`; in pieces, since an embedding in float32 can outweigh the model."""
+    whole = torch.empty(weight.out_features, weight.in_features, dtype=dtype)
+    for start in range(0, weight.out_features, ROWS):
+        rows = slice(start, start + ROWS)
+        zero_point = None if weight.zero_point is None else weight.zero_point[rows]
+        piece = replace(weight, packed=weight.packed[rows], scale=weight.scale[rows], zero_point=zero_point)
+        whole[rows] = piece.dequantize()
+    return whole
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A checkpoint's config.json. Raises InputError if there is none, or it is no JSON object."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} has no config.json: it is no checkpoint, or one that was never finished") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path} ({error}): restore or download it again") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is no JSON object: restore or download it again")
+    return config
+
+
+def quantization_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`quantization_config` of a config.json, looked for under `text_config` too; empty: not quantized."""
+    nested = config.get("text_config")
+    settings = config.get("quantization_config")
+    if not settings and isinstance(nested, dict):
+        settings = nested.get("quantization_config")
+    if settings and not isinstance(settings, dict):
+        raise InputError("quantization_config in config.json is no JSON object: restore or download it again")
+    return settings or {}
+
+
+def model_dtype(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> torch.dtype:
+    """What the model computes in: config.json's "dtype" (once "torch_dtype"), or else the first dense tensor's."""
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and (name := part.get("dtype") or part.get("torch_dtype")):
+            dtype = NAMED.get(str(name).removeprefix("torch."))
+            if dtype is None:
+                raise InputError(f'config.json names the dtype "{name}": only {", ".join(NAMED)} are read')
+            return dtype
+    stored = (FLOATS[e.dtype] for n, e in entries.items() if e.dtype in FLOATS and not n.endswith("scale"))
+    return next(stored, torch.float32)

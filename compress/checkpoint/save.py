@@ -1,0 +1,95 @@
+"""Write a finished run as a checkpoint: weights first, then all that travels along; config.json makes it a checkpoint."""
+
+import json
+import shutil
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from compress import __version__
+from compress.calib.model import Model
+from compress.checkpoint.card import model_card
+from compress.checkpoint.dense_view import quantization_settings, read_config
+from compress.checkpoint.formats import DENSE, find_format
+from compress.checkpoint.native import Contents
+from compress.checkpoint.stored import StoredLayer
+from compress.checkpoint.writer import ShardWriter
+from compress.files import replace_file, write_json, write_text
+from compress.kernels.weights import IntWeight
+from compress.recipe import Recipe
+
+ALONG = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")  # tokenizer, generation config, licences
+NOT_ALONG = ("config.json", "quantize_config.json", "model.safetensors.index.json", "recipe.toml")
+
+
+class Saver:
+    """Takes what the run folder holds piece by piece, so that only one shard is in memory."""
+
+    def __init__(self, out: Path, format_name: str, model: Model, recipe: Recipe):
+        self.out, self.format_name, self.model, self.recipe = out, format_name, model, recipe
+        self.format = None if format_name == DENSE else find_format(format_name)
+        self.writer = ShardWriter(out)
+        self.layers: list[StoredLayer] = []
+
+    def add(self, contents: Contents) -> None:
+        """The tensors of one block, or of what lies outside the blocks."""
+        dense = self.model.as_stored(contents.dense) if self.format is None else contents.dense
+        for name, tensor in dense.items():
+            self.writer.add(name, tensor)
+        for layer in contents.layers:
+            for name, tensor in self.format.layer_tensors(layer, self.model.dtype).items():
+                self.writer.add(name, tensor)
+            shape, weight = (layer.packed.out_features, layer.packed.in_features), layer.packed
+            sized = IntWeight.planned(shape, weight.bits, weight.group_size, weight.symmetric)
+            self.layers.append(replace(layer, packed=sized))  # config.json needs the sizes, not the values
+
+    def finish_weights(self) -> int:
+        """Put the weight files in place. Returns their bytes. The folder is no checkpoint yet: config.json is missing."""
+        return self.writer.finish()
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write everything else: tokenizer, recipe, config.json, and the model card."""
+        for pattern in ALONG:
+            for file in self.model.folder.glob(pattern):
+                if file.name not in NOT_ALONG:
+                    replace_file(self.out / file.name, lambda aside, file=file: shutil.copyfile(file, aside) and None)
+        write_text(self.out / "recipe.toml", self.recipe.toml())
+        config = self._config()
+        if self.format is not None:
+            for name, content in self.format.side_files(config).items():
+                write_json(self.out / name, content)
+        write_json(self.out / "config.json", config)
+        write_card(self.out, result)
+
+    def _config(self) -> dict[str, Any]:
+        config = json.loads((self.model.folder / "config.json").read_text(encoding="utf-8"))
+        config.pop("quantization_config", None)
+        config["dtype"] = str(self.model.dtype).removeprefix("torch.")
+        config.pop("torch_dtype", None)
+        if self.format is not None:
+            packed = {layer.name for layer in self.layers}
+            ignore = [name for name in self.model.linear_names() if name not in packed]
+            config["quantization_config"] = self.format.quantization_config(self.layers, ignore)
+        return config
+
+
+def write_card(out: Path, result: dict[str, Any]) -> None:
+    """The checkpoint's README.md, with the figures known so far."""
+    recipe = (out / "recipe.toml").read_text(encoding="utf-8")
+    facts = {
+        "name": out.name,
+        "base_model": tomllib.loads(recipe)["model"],
+        "version": __version__,
+        "recipe": recipe,
+        "format": result["format"],
+        "quantization_config": quantization_settings(read_config(out)),
+        "bytes": {"dense": result["dense_bytes"], "compressed": result["compressed_bytes"]},
+        "bits_per_weight": result["bits_per_weight"],
+        "sparsity": result["sparsity"],
+    }
+    if "eval" in result:
+        measured = result["eval"]
+        text = f"{Path(measured['asked']['text']).name}, windows of {measured['asked']['seqlen']}"
+        facts["perplexity"] = {text: {kind: measured[kind] for kind in ("dense", "compressed")}}
+    write_text(out / "README.md", model_card(facts))

@@ -1,0 +1,53 @@
+"""One packed layer as a checkpoint keeps it: its codes, and where they belong in the model."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.errors import RunError
+from compress.kernels.weights import IntWeight
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A quantized linear layer and the parameter it is, or is one slice of."""
+
+    name: str  # "model.layers.0.mlp.down_proj", or "model.layers.0.mlp.experts.gate_up_proj.3" for slice 3
+    param: str  # "model.layers.0.mlp.down_proj.weight", or "model.layers.0.mlp.experts.gate_up_proj"
+    index: int | None  # which slice of a parameter [slices, out, in]; None: the parameter is the layer
+    transposed: bool  # the parameter is [in, out], as in transformers' Conv1D
+    packed: IntWeight  # [out, in] whatever the parameter's orientation
+    embedding: bool = False  # its rows are looked up by token: an input embedding, or a head tied to one
+
+
+def group_sizes(layers: Sequence[StoredLayer]) -> dict[str, int]:
+    """What each layer's `group_size` is called in a file's description, by name: -1 for one scale a row.
+
+    A group as long as the row says the same whether it is called a group or a row. It is called a group only where
+    layers with longer rows have that group size too, so that the most layers share one description.
+    """
+    split = {layer.packed.group_size for layer in layers if layer.packed.group_size < layer.packed.in_features}
+    return {layer.name: layer.packed.group_size if layer.packed.group_size in split else -1 for layer in layers}
+
+
+def refuse(layers: Iterable[StoredLayer], reasons: Iterable[tuple[Callable[[StoredLayer], bool], str]]) -> str | None:
+    """The first reason that applies to some layer, with "{name}" in it filled in; None: no reason does."""
+    layers = list(layers)
+    for applies, reason in reasons:
+        for layer in layers:
+            if applies(layer):
+                return reason.format(name=layer.name)
+    return None
+
+
+def exact(scale: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`scale` in another dtype. Raises RunError, naming the layer, where that would change a value."""
+    stored = scale.to(dtype)
+    if not torch.equal(stored.double(), scale.double()):
+        raise RunError(
+            f"the scales of {name} are {scale.dtype} and do not fit {dtype}: "
+            "quantize again with scales in the model's dtype, or write --format native"
+        )
+    return stored

@@ -1,0 +1,87 @@
+"""The weight files of a checkpoint, written as the tensors come."""
+
+import re
+from pathlib import Path
+
+from torch import Tensor
+
+from compress.files import disk_errors, sync, write_json, write_tensors
+
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+ASIDE = "model-{:05d}.new"  # no reader takes a file of this name for weights
+
+
+class ShardWriter:
+    """Tensors in, safetensors shards out; only the shard being filled is in memory.
+
+    Shards have names that no reader looks for until `finish` puts them in place, so a killed writer leaves the folder
+    as it was. A folder counts as a checkpoint by its config.json, which the caller writes after `finish`.
+    """
+
+    def __init__(self, folder: Path, max_shard_bytes: int = 5_000_000_000):
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in [*folder.glob("model-*.new"), *folder.glob("model-*.new.partial")]:
+            left.unlink()  # of a killed writer
+        self.folder = folder
+        self.max_shard_bytes = max_shard_bytes
+        self._shard: dict[str, Tensor] = {}
+        self._shard_bytes = 0
+        self._written: list[list[str]] = []  # tensor names of each finished shard
+        self._names: set[str] = set()
+        self._tensor_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor, of any device; do not change it afterwards.
+
+        Raises ValueError if the name was there already, RunError if there is no space left.
+        """
+        if name in self._names:
+            raise ValueError(f"{name} was added twice")
+        self._names.add(name)
+        if self._shard and self._shard_bytes + tensor.nbytes > self.max_shard_bytes:
+            self._flush()
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.untyped_storage().nbytes() > tensor.nbytes:
+            tensor = tensor.clone()  # a view would keep all that it looks into in memory
+        self._shard[name] = tensor
+        self._shard_bytes += tensor.nbytes
+        self._tensor_bytes += tensor.nbytes
+
+    def finish(self) -> int:
+        """Put the shards and their index in place, then remove weight files of an earlier run; bytes of all shards.
+
+        Takes away an earlier config.json first, so that a kill in between leaves nothing that looks whole.
+        Raises ValueError if nothing was added.
+        """
+        if self._shard:
+            self._flush()
+        count = len(self._written)
+        if not count:
+            raise ValueError("a checkpoint without tensors")
+        names = [WHOLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        with disk_errors(self.folder):
+            (self.folder / "config.json").unlink(missing_ok=True)
+            (self.folder / INDEX).unlink(missing_ok=True)
+            sync(self.folder)
+            for i, name in enumerate(names):
+                self._aside(i).replace(self.folder / name)
+            sync(self.folder)
+        if count > 1:
+            shards = zip(names, self._written, strict=True)
+            where = {tensor: shard for shard, tensors in shards for tensor in tensors}
+            write_json(self.folder / INDEX, {"metadata": {"total_size": self._tensor_bytes}, "weight_map": where})
+            names.append(INDEX)
+        for file in self.folder.iterdir():
+            if OURS.fullmatch(file.name) and file.name not in names:
+                file.unlink()
+        return sum((self.folder / name).stat().st_size for name in names if name != INDEX)
+
+    def _flush(self) -> None:
+        write_tensors(self._aside(len(self._written)), self._shard)
+        self._written.append(list(self._shard))
+        self._shard, self._shard_bytes = {}, 0
+
+    def _aside(self, shard: int) -> Path:
+        return self.folder / ASIDE.format(shard + 1)

@@ -1,0 +1,256 @@
+"""The command line: reads flags, calls the rest, prints. Results go to stdout, progress and errors to stderr."""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from compress import __version__
+from compress.errors import CompressError, InputError, RunError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of tables.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
+ModelName = Annotated[str, typer.Argument(help="An alias (llama-7b), a hub id, a folder, or a .gguf file.")]
+
+RUN_EXAMPLES = """
+Prune, quantize and save a causal language model, one transformer block in memory at a time.
+
+[bold]Examples[/bold]
+
+  compress run gemma-3-270m --sparsity 0.5 --wbits 4 --calib builtin --out small
+
+  compress run llama-7b --pattern 2:4 --pruner sparsegpt --out llama-24
+
+  compress run ./my-model --wbits 3 --quantizer gptq --calib my-text.jsonl --set gptq.damping=0.05
+
+The same command again goes on where it was stopped. Nothing finished is lost.
+"""
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Compress causal language models: prune, quantize, measure, and write checkpoints that others load."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command(help=RUN_EXAMPLES)
+def run(
+    model: Annotated[str | None, typer.Argument(help="An alias, a hub id, a folder, or a .gguf file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the checkpoint and its run.", show_default="MODEL-compressed")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML recipe; flags override it.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Share of the blocks' weights to remove, 0 to 1.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="unstructured, or n:m with n kept of every m (2:4, 4:8).")] = None,
+    pruner: Annotated[
+        str | None, typer.Option(help="A method of `compress methods`.", show_default="sparsegpt")
+    ] = None,
+    wbits: Annotated[int | None, typer.Option(help="Bits a weight: 2, 3, 4 or 8.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Inputs that share a scale; -1: one an output channel.", show_default="128")
+    ] = None,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option(
+            "--symmetric/--asymmetric",
+            help="Zero in the middle of the codes, or stored zero points.",
+            show_default="symmetric",
+        ),
+    ] = None,
+    quantizer: Annotated[str | None, typer.Option(help="A method of `compress methods`.", show_default="gptq")] = None,
+    head_bits: Annotated[
+        int | None, typer.Option(help="Bits of embeddings and head: 4, 8 or 16.", show_default="16")
+    ] = None,
+    allocate: Annotated[
+        str | None, typer.Option(help="How sparsity and bits are spread over layers.", show_default="uniform")
+    ] = None,
+    sequential: Annotated[
+        bool | None,
+        typer.Option(
+            "--sequential/--parallel",
+            help="Within a block, calibrate each layer on already compressed ones.",
+            show_default="parallel",
+        ),
+    ] = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            help="c4, wikitext2, ptb, pileval, ultrachat, builtin, self, or a .txt, .jsonl or .parquet file.",
+            show_default="c4",
+        ),
+    ] = None,
+    nsamples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="128")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens a sequence.", show_default="2048")] = None,
+    seed: Annotated[int | None, typer.Option(help="Which sequences are taken.", show_default="0")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="auto, compressed-tensors, gptq or native.", show_default="auto")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.", show_default="auto")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="METHOD.KEY=VALUE", help="An option of a method.")
+    ] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option("--eval", metavar="TEXT", help="Then measure perplexity, dense and compressed, on this text."),
+    ] = None,
+    eval_windows: Annotated[int, typer.Option(help="Windows of --eval.")] = 32,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan, size, memory and time, and do nothing.")
+    ] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    flags = {
+        "model": model, "pruner": pruner, "quantizer": quantizer, "sequential": sequential, "format": format,
+        "dtype": dtype, "revision": revision,
+        "target": {"sparsity": sparsity, "pattern": pattern, "wbits": wbits, "group_size": group_size,
+                   "symmetric": symmetric, "head_bits": head_bits, "allocate": allocate},
+        "calib": {"source": calib, "nsamples": nsamples, "seqlen": seqlen, "seed": seed},
+        "options": _settings(settings or []),
+    }  # fmt: skip
+    from compress.commands import run_command
+
+    read = _recipe(recipe, flags)
+    target = out or Path(f"{Path(read.model).name.removesuffix('.gguf')}-compressed")
+    result = run_command(read, target, evaluate, eval_windows, dry_run, device)
+    _show(result, as_json)
+
+
+@app.command()
+def eval(
+    checkpoint: ModelName,
+    ppl: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ppl", help="wikitext2, ptb, builtin, or a text file; may be repeated.", show_default="wikitext2"
+        ),
+    ] = None,
+    seqlen: Annotated[int, typer.Option(help="Tokens a window, its BOS included.")] = 2048,
+    max_windows: Annotated[int | None, typer.Option(help="Only the first windows of each text.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure a checkpoint's perplexity.
+
+    The text is tokenized whole without special tokens and cut into windows of SEQLEN - 1; BOS is put before each, and
+    every token is scored. Models whose tokenizer has no BOS get windows of SEQLEN and their first token is not scored.
+
+    [bold]Example[/bold]
+
+      compress eval small --ppl my-text.txt --seqlen 512 --max-windows 32
+    """
+    from compress.commands import eval_command
+
+    _show(eval_command(checkpoint, ppl or ["wikitext2"], seqlen, max_windows, device), as_json)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run that is under way.")],
+    as_json: Json = False,
+) -> None:
+    """Show what a checkpoint or a run holds: every layer, its bits, its zeros, its error, and where the time went."""
+    from compress.commands import inspect_command
+
+    _show(inspect_command(path), as_json)
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the methods, what each is and what can be set."""
+    from compress.commands import methods_command
+
+    _show(methods_command(), as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say whether this machine is ready: versions, memory, disk, GPU, hub, demo model."""
+    from compress.commands import doctor_command
+
+    _show(doctor_command(), as_json)
+
+
+def _settings(pairs: list[str]) -> dict[str, dict[str, Any]]:
+    """`gptq.damping=0.05` as nested options; values are read as TOML where they can be."""
+    import tomllib
+
+    options: dict[str, dict[str, Any]] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        method, dot, name = key.partition(".")
+        if not (equals and dot and name):
+            raise InputError(f"--set {pair}: write METHOD.KEY=VALUE, such as gptq.damping=0.05")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        options.setdefault(method, {})[name.replace("-", "_")] = value
+    return options
+
+
+def _recipe(file: Path | None, flags: dict[str, Any]) -> Any:
+    from compress.recipe import read_recipe
+
+    return read_recipe(file, _given(flags))
+
+
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags without those the user left out."""
+    nested = {key: _given(value) if isinstance(value, dict) else value for key, value in flags.items()}
+    return {key: value for key, value in nested.items() if value is not None and value != {}}
+
+
+def _show(report: Any, as_json: bool) -> None:
+    """Print a report: its data as JSON, or its tables."""
+    if as_json:
+        typer.echo(json.dumps(report.data))
+    else:
+        from rich.console import Console
+
+        Console(highlight=False).print(*report.tables, sep="\n")
+
+
+def main() -> None:
+    """Run the command line; every foreseen failure ends in one line and its exit code."""
+    debug = "--debug" in sys.argv
+    try:
+        status = app(args=[a for a in sys.argv[1:] if a != "--debug"], prog_name="compress", standalone_mode=False)
+        code, line = (status if isinstance(status, int) else 0), ""
+    except click.exceptions.Abort:
+        code, line = 130, "stopped: the same command goes on from here"
+    except click.ClickException as error:
+        code, line = 2, error.format_message()
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        code, line = _line(error)
+    if line:
+        print(f"error: {line}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code) if code == 130 else sys.exit(code)
+
+
+def _line(error: Exception) -> tuple[int, str]:
+    """Exit code and line of an exception."""
+    if isinstance(error, CompressError):
+        return error.exit_code, str(error)
+    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error).lower():
+        mend = "use fewer or shorter --nsamples/--seqlen, or a machine with more memory; finished blocks are kept"
+        return RunError.exit_code, f"out of memory: {mend}"
+    first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return RunError.exit_code, f"unexpected {type(error).__name__}: {first} (--debug shows where; please report it)"

@@ -1,0 +1,119 @@
+"""What each command does, between its flags and its printing."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.checkpoint.save import write_card
+from compress.doctor import doctor
+from compress.errors import InputError
+from compress.estimate import estimate
+from compress.evaluate import evaluate
+from compress.inspection import inspect
+from compress.pipeline import compress
+from compress.progress import Reporter
+from compress.recipe import Recipe
+from compress.report import Report, duration, size, table
+from compress.run_dir import Finished
+from compress.sources import resolve_model
+from compress.steps import VERBS, methods
+
+
+def pick_device(name: str) -> str:
+    """`auto` resolved. Raises InputError for a device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"there is no device {name!r} here: use --device cpu") from error
+    return name
+
+
+def run_command(recipe: Recipe, out: Path, text: str | None, windows: int, dry_run: bool, device: str) -> Report:
+    """`compress run`: compress, then measure dense and compressed if asked."""
+    reporter, device = Reporter(), pick_device(device)
+    folder = resolve_model(recipe.model, revision=recipe.revision)
+    if dry_run:
+        return estimate(recipe, folder, out, device)
+    if out.resolve() == folder.resolve():
+        raise InputError(f"--out {out} is the model itself: choose another folder")
+    result = compress(recipe, folder, out, reporter, device)
+    if text is not None:
+        result = _with_perplexity(result, folder, out, (text, recipe.calib.seqlen, windows), reporter, device)
+    return Report(result, [_run_table(result), f"\nCheckpoint in {out}. Look into it with: compress inspect {out}"])
+
+
+def _with_perplexity(
+    result: dict[str, Any], folder: Path, out: Path, protocol: tuple[str, int, int], reporter: Reporter, device: str
+) -> dict[str, Any]:
+    """The figures of a run with the perplexity before and after; measured once for each protocol."""
+    text, seqlen, windows = protocol
+    asked = {"text": text, "seqlen": seqlen, "max_windows": windows}
+    if result.get("eval", {}).get("asked") != asked:
+        measured = {"asked": asked}
+        for name, checkpoint in (("dense", folder), ("compressed", out)):
+            reporter.say(f"measuring the {name} model")
+            values = evaluate(checkpoint, [text], seqlen, windows, reporter, device)["perplexity"]
+            measured[name] = next(iter(values.values()))
+        result = {**result, "eval": measured}
+        Finished(out / "run").update(result)
+        write_card(out, result)
+    return result
+
+
+def _run_table(result: dict[str, Any]) -> Any:
+    dense_bits = result["dense_bytes"] * 8 / result["parameters"]
+    rows = [
+        ["size of the weights", size(result["dense_bytes"]), size(result["compressed_bytes"])],
+        ["bits a weight, whole model", f"{dense_bits:.2f}", f"{result['bits_per_weight']:.2f}"],
+        ["bits a weight, compressed layers", f"{dense_bits:.2f}", f"{result['layer_bits_per_weight']:.2f}"],
+        ["sparsity of those layers", "0 %", f"{100 * result['sparsity']:.1f} %"],
+    ]
+    if "eval" in result:
+        measured = result["eval"]
+        name = f"perplexity, {Path(measured['asked']['text']).name}"
+        rows.insert(0, [name, f"{measured['dense']:.2f}", f"{measured['compressed']:.2f}"])
+    rows.append(["seconds", "", f"{result['seconds']:.0f}"])
+    rows.append(["peak memory", "", size(result["peak_rss_bytes"])])
+    return table("", ["", "dense", "compressed"], rows)
+
+
+def eval_command(name: str, texts: list[str], seqlen: int, max_windows: int | None, device: str) -> Report:
+    """`compress eval`."""
+    folder = resolve_model(name)
+    result = evaluate(folder, texts, seqlen, max_windows, Reporter(), pick_device(device))
+    rows = [[text, f"{value:.3f}"] for text, value in result["perplexity"].items()]
+    closing = f"{result['tokens']} tokens in {duration(result['seconds'])}"
+    return Report(result, [table("", ["text", "perplexity"], rows), closing])
+
+
+def inspect_command(path: Path) -> Report:
+    """`compress inspect`."""
+    return inspect(path)
+
+
+def doctor_command() -> Report:
+    """`compress doctor`."""
+    return doctor()
+
+
+def methods_command() -> Report:
+    """`compress methods`."""
+    data, tables = [], []
+    for stage in VERBS:
+        rows = []
+        for name, module in methods(stage).items():
+            options = {
+                key: {"default": field.default, "about": field.description}
+                for key, field in module.Options.model_fields.items()
+            }
+            about = (module.__doc__ or "").strip().splitlines()[0]
+            data.append(
+                {"stage": stage, "name": name, "about": about, "needs": sorted(module.NEEDS), "options": options}
+            )
+            rows.append([name, about.partition(": ")[2], ", ".join(f"{k}={o['default']}" for k, o in options.items())])
+        tables.append(table(stage, ["method", "what it is", "options"], rows))
+        tables.append("")
+    return Report(data, tables)

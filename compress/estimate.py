@@ -1,0 +1,151 @@
+"""`compress run --dry-run`: the plan, and what it will cost, before anything is done."""
+
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from compress.calib.model import Model
+from compress.calib.observe import shared_inputs, stages
+from compress.checkpoint.formats import choose_format
+from compress.pipeline import open_model
+from compress.plan import PlannedLayer, dense_bytes, n_parameters, plan_head, plan_layers
+from compress.recipe import Recipe
+from compress.report import Report, duration, size, table
+from compress.steps import find_steps
+
+IMPORTS = 450 * 2**20  # resident bytes of python, torch and transformers
+SECONDS_PER_COLUMN = 60e-6  # of one column's turn in a solver, apart from its arithmetic
+BYTES_PER_SECOND = 8e9  # of a rank-one update that runs through memory
+BLOCK_SIZE = 128  # columns a solver updates together
+
+
+def estimate(recipe: Recipe, folder: Path, out: Path, device: str) -> Report:
+    """What a run would do and need. Nothing is written, and one block at most is loaded."""
+    model = open_model(folder, recipe.dtype, device)
+    steps = find_steps(recipe)
+    layers, head = plan_layers(model, recipe), plan_head(model, recipe)
+    planned = [*head, *(layer.stored for layer in layers if layer.stored)]
+    format_name, reason = choose_format(recipe.format, planned)
+    needs = frozenset[str]().union(*(step.needs for step in steps))
+    width = _itemsize(model)
+    packed = {layer.param for layer in planned}
+    kept = {name: p for name, p in model.lm.named_parameters() if name not in packed}
+    compressed = sum(p.numel() * width for p in kept.values()) + sum(layer.packed.nbytes for layer in planned)
+    seconds = _seconds(model, layers, recipe, needs)
+    memory = _memory(model, layers, recipe, needs)
+    free = shutil.disk_usage(_existing(out)).free
+    data = {
+        "steps": [step.name for step in steps],
+        "format": format_name,
+        "dense_bytes": dense_bytes(model),
+        "compressed_bytes": compressed,
+        "bits_per_weight": compressed * 8 / n_parameters(model),
+        "peak_rss_bytes": memory,
+        "seconds": round(sum(seconds.values()), 1),
+        "seconds_by_stage": {name: round(value, 1) for name, value in seconds.items()},
+        "disk_bytes": 2 * compressed,
+        "free_disk_bytes": free,
+        "layers": len(layers),
+    }
+    rows = [
+        ["steps", " then ".join(data["steps"]) or "head only"],
+        ["format", f"{format_name} ({reason})"],
+        ["size", f"{size(data['dense_bytes'])} to {size(compressed)}, {data['bits_per_weight']:.2f} bits a weight"],
+        ["memory, about", size(memory)],
+        ["time, about", duration(data["seconds"]) + " (measured speed of this machine, loading of data not counted)"],
+        ["disk while it runs", f"{size(data['disk_bytes'])}; {size(free)} are free"],
+    ]
+    return Report(data, [_plan_table(layers), "", table("", ["", ""], rows)])
+
+
+def _plan_table(layers: list[PlannedLayer]) -> object:
+    """The layers of one kind as a row, if they share a plan."""
+    kinds: dict[tuple, int] = {}
+    for layer in layers:
+        plan = layer.plan
+        pattern = "unstructured" if plan.pattern is None else f"{plan.pattern[0]}:{plan.pattern[1]}"
+        pruning = f"{100 * plan.sparsity:.0f} % {pattern}" if plan.sparsity else "dense"
+        group = "channel" if plan.group_size == -1 else str(plan.group_size)
+        kind = "symmetric" if plan.symmetric else "asymmetric"
+        bits = "16" if plan.wbits == 16 else f"{plan.wbits} {kind}, groups of {group}"
+        name = layer.name.split(f".{layer.block}.", 1)[-1]
+        key = (name.rstrip("0123456789").rstrip("."), f"{layer.shape[0]} x {layer.shape[1]}", pruning, bits)
+        kinds[key] = kinds.get(key, 0) + 1
+    rows = [[name, str(count), shape, pruning, bits] for (name, shape, pruning, bits), count in kinds.items()]
+    return table("plan", ["layer", "how many", "out x in", "pruning", "bits"], rows)
+
+
+def _itemsize(model: Model) -> int:
+    return torch.empty(0, dtype=model.dtype).element_size()
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
+
+
+def _inputs(model: Model) -> tuple[list[int], int]:
+    """in_features of each distinct input of the widest block, and how many stages it has."""
+    tokens = torch.arange(8) % model.config.get_text_config().vocab_size
+    hidden = model.embed(tokens)
+    block = model.load_block(model.n_blocks - 1)
+    shared = shared_inputs(block, hidden)
+    widths = {layer.name: layer.shape[1] for layer in block.layers}
+    return [widths[name] for name in dict.fromkeys(shared.values())], len(stages(block, shared))
+
+
+def _seconds(model: Model, layers: list[PlannedLayer], recipe: Recipe, needs: frozenset[str]) -> dict[str, float]:
+    """Estimated seconds by stage, from the machine's speed at matrix products of the model's dtype and of float32."""
+    tokens = recipe.calib.nsamples * recipe.calib.seqlen
+    fast, exact = _flops(model.dtype), _flops(torch.float32)
+    weights = sum(layer.n_weights for layer in layers)
+    seconds = {"load and save": 6 * weights * _itemsize(model) / 1e9, "observe": 0.0, "solve": 0.0, "forward": 0.0}
+    if needs:
+        inputs, n_stages = _inputs(model)
+        forward = 2 * weights * tokens / (0.35 * fast)
+        seconds["forward"] = forward
+        seconds["observe"] = forward * (n_stages if recipe.sequential else 1)
+        if "hessian" in needs:
+            gram = sum(2 * tokens * width**2 + 4 * recipe.calib.nsamples * width**2 for width in inputs)
+            factor = sum(3 * width**3 for width in inputs) * len(recipe.steps)
+            seconds["observe"] += model.n_blocks * gram / exact
+            seconds["solve"] += model.n_blocks * factor / exact
+    solvers = len(recipe.steps) if "hessian" in needs else 0
+    for layer in layers:
+        out_features, in_features = layer.shape
+        columns = in_features * (SECONDS_PER_COLUMN + BLOCK_SIZE * out_features * 4 / BYTES_PER_SECOND)
+        trailing = out_features * in_features**2 / exact
+        measuring = 4 * out_features * in_features**2 / exact if "hessian" in needs else 0.0
+        seconds["solve"] += solvers * (columns + trailing + measuring) + 40e-9 * layer.n_weights
+    return seconds
+
+
+def _flops(dtype: torch.dtype) -> float:
+    """Multiply-adds times two, a second, of a matrix product of this type here."""
+    a = torch.ones(512, 2048, dtype=dtype)
+    b = torch.ones(2048, 2048, dtype=dtype)
+    a @ b
+    started = time.monotonic()
+    for _ in range(3):
+        a @ b
+    return 3 * 2 * 512 * 2048**2 / (time.monotonic() - started)
+
+
+def _memory(model: Model, layers: list[PlannedLayer], recipe: Recipe, needs: frozenset[str]) -> int:
+    """Estimated peak resident bytes: what stays, one block, its statistics, and the largest layer's solve."""
+    width = _itemsize(model)
+    outside = sum(p.numel() for n, p in model.lm.named_parameters() if not n.startswith(model.path + ".")) * width
+    block = _largest(sum(x.n_weights for x in layers if x.block == i) for i in range(model.n_blocks)) * 2 * width
+    layer = _largest(x.n_weights for x in layers) * 4 * 6
+    hidden = recipe.calib.nsamples * recipe.calib.seqlen * model.config.get_text_config().hidden_size * width
+    statistics = 0
+    if "hessian" in needs:
+        widths = _inputs(model)[0]
+        statistics = sum(8 * w**2 for w in widths) + 12 * max(widths) ** 2
+    return int(IMPORTS + outside + block + layer + (hidden if needs else 0) + statistics)
+
+
+def _largest(values: Iterable[int]) -> int:
+    return max(values, default=0)

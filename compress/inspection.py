@@ -1,0 +1,74 @@
+"""`compress inspect`: what a checkpoint or a run holds."""
+
+from pathlib import Path
+from typing import Any
+
+from compress.checkpoint.dense_view import quantization_settings, read_config
+from compress.checkpoint.formats import open_weights
+from compress.errors import InputError
+from compress.report import Report, duration, size, table
+from compress.run_dir import Finished, Journal
+
+
+def inspect(path: Path) -> Report:
+    """Layers, errors and times of the checkpoint or run in `path`. Raises InputError if it is neither."""
+    run = path if (path / "log.jsonl").is_file() else path / "run"
+    whole = (path / "config.json").is_file()
+    if not whole and not (run / "log.jsonl").is_file():
+        raise InputError(f"{path} is neither a checkpoint (no config.json) nor a run (no run/log.jsonl)")
+    data: dict[str, Any] = {"path": str(path)}
+    tables: list[Any] = []
+    if whole:
+        data |= _checkpoint(path)
+        tables.append(f"{path}: {data['format']}, {size(data['bytes'])} in {data['tensors']} tensors")
+    if (run / "log.jsonl").is_file():
+        journal = Journal(run / "log.jsonl").read()
+        data |= {"layers": _layers(journal), "seconds": split(journal), "result": Finished(run).read()}
+        data["notes"] = [line["note"] for line in journal if "note" in line]
+        data["notes"] += [note for line in journal if line["event"] == "layer" for note in line["notes"]]
+        tables += [_layer_table(data["layers"]), _time_table(data["seconds"])]
+        tables += [f"note: {note}" for note in dict.fromkeys(data["notes"])]
+        if data["result"] is None:
+            done = {line["block"] for line in journal if line["event"] == "block"}
+            tables.append(f"not finished: {len(done)} blocks done; the same command goes on")
+    return Report(data, tables)
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    settings = quantization_settings(read_config(path))
+    files = open_weights(path)
+    return {"format": settings.get("quant_method", "dense"), "bytes": files.nbytes(), "tensors": len(files.entries)}
+
+
+def _layers(journal: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last word of the journal on each layer."""
+    last = {line["layer"]: line for line in journal if line["event"] == "layer"}
+    keys = ("layer", "method", "error", "error_on", "density", "bits")
+    return [{key: line[key] for key in keys} for line in last.values()]
+
+
+def split(journal: list[dict[str, Any]]) -> dict[str, float]:
+    """Where the seconds went, by stage and by method, summed over blocks."""
+    seconds: dict[str, float] = {}
+    for line in journal:
+        if line["event"] == "block":
+            for name, value in line["seconds"].items():
+                seconds[name] = seconds.get(name, 0.0) + value
+        elif line["event"] == "layer":
+            name = f"  solve: {line['method']}"
+            seconds[name] = seconds.get(name, 0.0) + line["seconds"]
+        elif line["event"] in ("opened", "checkpoint"):
+            seconds[line["event"]] = seconds.get(line["event"], 0.0) + line["seconds"]
+    return {name: round(value, 2) for name, value in seconds.items()}
+
+
+def _layer_table(layers: list[dict[str, Any]]) -> Any:
+    rows = [
+        [line["layer"], f"{line['bits']:.2f}", f"{100 * (1 - line['density']):.1f} %", f"{line['error']:.4f}"]
+        for line in layers
+    ]
+    return table("", ["layer", "bits", "sparsity", "output error"], rows)
+
+
+def _time_table(seconds: dict[str, float]) -> Any:
+    return table("", ["where the time went", ""], [[name, duration(value)] for name, value in seconds.items()])

@@ -1,0 +1,174 @@
+"""A run from its recipe to its checkpoint."""
+
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.blocks import Work, block_key, compress_blocks
+from compress.calib.data import calibration_windows, self_generated_windows
+from compress.calib.model import Model
+from compress.checkpoint.formats import choose_format, open_weights
+from compress.checkpoint.native import Contents, decode, encode
+from compress.checkpoint.save import Saver
+from compress.checkpoint.stored import StoredLayer
+from compress.clock import peak_rss_bytes
+from compress.files import sha256
+from compress.kernels.weights import Grid, IntWeight
+from compress.plan import dense_bytes, n_parameters, plan_head, plan_layers
+from compress.progress import Reporter
+from compress.recipe import Recipe
+from compress.run_dir import Finished, RunDir
+from compress.steps import find_steps
+
+DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+HEAD = "head"  # what the run folder calls embeddings and head
+HEAD_ROWS = 16384  # embedding rows rounded at a time: all 262,144 of them in float32 would not be small
+
+
+def open_model(folder: Path, dtype: str = "auto", device: str = "cpu") -> Model:
+    """A model with its embeddings and head loaded, from a folder in any format we read."""
+    return Model(folder, open_weights(folder), DTYPES[dtype], device)
+
+
+def compress(recipe: Recipe, folder: Path, out: Path, reporter: Reporter, device: str = "cpu") -> dict[str, Any]:
+    """Run a recipe on the model in `folder` and write its checkpoint to `out`; resume if `out` holds the same run.
+
+    Returns the figures of the run: checkpoint, format, dense_bytes, compressed_bytes, bits_per_weight, sparsity,
+    seconds (finished blocks of earlier sittings included), peak_rss_bytes (of this process).
+    Raises InputError for a request that cannot be met, RunError where a run cannot go on; what is finished stays.
+    """
+    started = time.monotonic()
+    steps = find_steps(recipe)
+    model = open_model(folder, recipe.dtype, device)
+    layers, head = plan_layers(model, recipe), plan_head(model, recipe)
+    planned = [*head, *(layer.stored for layer in layers if layer.stored)]
+    format_name, reason = choose_format(recipe.format, planned)
+    run = RunDir(out / "run", recipe, _fingerprint(model))
+    try:
+        if (done := Finished(run.path).read()) is not None:
+            reporter.say(f"{out} is finished already: these are its figures")
+            return done
+        if reason:
+            reporter.say(f"writing the {format_name} format: {reason}")
+        run.journal.write(event="opened", seconds=round(time.monotonic() - started, 3))
+        _compress_head(model, head, run)
+        work = Work(model, steps, {layer.name: layer for layer in layers}, run, recipe.sequential)
+        compress_blocks(work, _tokens(work, recipe, reporter) if work.needs else None, reporter)
+
+        result = {"checkpoint": str(out), "format": format_name, "dense_bytes": dense_bytes(model)}
+        result |= {"parameters": n_parameters(model), **_totals(work)}
+        saving = time.monotonic()
+        saver = Saver(out, format_name, model, recipe)
+        for contents in _finished(work, bool(head)):
+            saver.add(contents)
+        result["compressed_bytes"] = saver.finish_weights()
+        result["bits_per_weight"] = result["compressed_bytes"] * 8 / result["parameters"]
+        run.journal.write(event="checkpoint", seconds=round(time.monotonic() - saving, 3))
+        replayed = sum(line["seconds"] for line in run.journal.this_sitting() if line["event"] == "replayed")
+        result["seconds"] = round(time.monotonic() - started + replayed, 2)
+        result["peak_rss_bytes"] = peak_rss_bytes()
+        saver.finish(result)
+        run.journal.write(event="done", **result)
+        Finished(run.path).update(result)
+        run.drop_blocks()
+        return result
+    finally:
+        run.close()
+
+
+def _fingerprint(model: Model) -> dict[str, Any]:
+    """What the run's results depend on beside the recipe."""
+    shapes = {name: [entry.dtype, *entry.shape] for name, entry in model.files.entries.items()}
+    sizes = {file.name: file.stat().st_size for file in {entry.file for entry in model.files.entries.values()}}
+    packages = ("torch", "transformers", "compress-llm")
+    return {
+        "model": {
+            "config_sha256": sha256(model.folder / "config.json"),
+            "files": dict(sorted(sizes.items())),
+            "tensors": len(shapes),
+        },
+        "versions": {package: version(package) for package in packages},
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _tokens(work: Work, recipe: Recipe, reporter: Reporter) -> Tensor:
+    """The calibration tokens, [nsamples, seqlen]; an earlier sitting's if there was one."""
+    calib, model = recipe.calib, work.model
+
+    def sample() -> dict[str, Tensor]:
+        reporter.say(f"calibrating on {calib.nsamples} x {calib.seqlen} tokens of {calib.source}")
+        if calib.source == "self":
+            windows = self_generated_windows(model.folder, model.tokenizer, calib.nsamples, calib.seqlen, calib.seed)
+        else:
+            windows = calibration_windows(calib.source, model.tokenizer, calib.nsamples, calib.seqlen, calib.seed)
+        return {"tokens": windows}
+
+    return work.run.once("tokens", sample)["tokens"]
+
+
+def _compress_head(model: Model, head: list[StoredLayer], run: RunDir) -> None:
+    """Round embeddings and head to nearest, so that the blocks calibrate on what they will really see."""
+    if not head:
+        return
+    if not run.has(HEAD):
+        layers = [_round_rows(model, layer) for layer in head]
+        run.save(HEAD, *encode(Contents(layers)), {})
+    for layer in decode(*run.restore(HEAD), where=HEAD).layers:
+        parameter = model.lm.get_parameter(layer.param)
+        for rows, part in _row_parts(layer.packed):
+            parameter[rows].copy_(part.dequantize())
+
+
+def _round_rows(model: Model, planned: StoredLayer) -> StoredLayer:
+    """One embedding or head, [rows, hidden_size], rounded a few rows at a time."""
+    wanted, parameter = planned.packed, model.lm.get_parameter(planned.param)
+    parts = []
+    for rows in torch.arange(len(parameter)).split(HEAD_ROWS):
+        groups = parameter[rows[0] : rows[-1] + 1].float().unflatten(1, (-1, wanted.group_size))
+        grid = Grid.fit(groups, wanted.bits, True, model.dtype)
+        codes = grid.encode_groups(groups).flatten(1)
+        parts.append(IntWeight.from_codes(codes, grid, wanted.group_size, True, model.dtype))
+    packed = IntWeight(
+        torch.cat([part.packed for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        None,
+        **wanted.description(),
+    )
+    return StoredLayer(planned.name, planned.param, None, False, packed, embedding=True)
+
+
+def _row_parts(weight: IntWeight) -> Iterator[tuple[slice, IntWeight]]:
+    """A symmetric weight in pieces of a few rows."""
+    for start in range(0, weight.out_features, HEAD_ROWS):
+        rows = slice(start, start + HEAD_ROWS)
+        yield rows, IntWeight(weight.packed[rows], weight.scale[rows], None, **weight.description())
+
+
+def _finished(work: Work, with_head: bool) -> Iterator[Contents]:
+    """What lies outside the blocks, then every block, as the run folder has them."""
+    outside = work.model.outside()
+    if with_head:
+        packed = decode(*work.run.restore(HEAD), where=HEAD).layers
+        replaced = {layer.param for layer in packed}
+        yield Contents(packed, {name: tensor for name, tensor in outside.items() if name not in replaced})
+    else:
+        yield Contents([], outside)
+    for index in range(work.model.n_blocks):
+        key = block_key(index)
+        yield decode(*work.run.restore(key), where=key)
+
+
+def _totals(work: Work) -> dict[str, float]:
+    """Sparsity and bits over all weights of the blocks' layers."""
+    figures = [work.run.figures(block_key(index)) for index in range(work.model.n_blocks)]
+    weights = sum(f["weights"] for f in figures)
+    return {
+        "sparsity": sum(f["pruned"] for f in figures) / weights,
+        "layer_bits_per_weight": sum(f["bits"] for f in figures) / weights,
+    }

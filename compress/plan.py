@@ -1,0 +1,91 @@
+"""What each layer is asked to become, checked before any work is done."""
+
+from dataclasses import dataclass
+
+from compress.calib.model import Layer, Model
+from compress.checkpoint.stored import StoredLayer
+from compress.errors import InputError
+from compress.kernels.weights import IntWeight
+from compress.recipe import Recipe
+from compress.steps import find_method, find_options
+from compress.task import LayerPlan
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One layer, its shape and its plan."""
+
+    name: str
+    block: int
+    shape: tuple[int, int]  # (out, in)
+    plan: LayerPlan
+    stored: StoredLayer | None  # how it will lie in a checkpoint, without values; None if it is not quantized
+
+    @property
+    def n_weights(self) -> int:
+        """How many weights the layer has."""
+        return self.shape[0] * self.shape[1]
+
+
+def plan_layers(model: Model, recipe: Recipe) -> list[PlannedLayer]:
+    """The plan of every layer in the blocks. Raises InputError where a group or a pattern does not divide a layer."""
+    layers = [(index, layer) for index in range(model.n_blocks) for layer in model.layers_of(index)]
+    if not layers:
+        raise InputError(f"{model.config.model_type}: found no linear layers in its blocks")
+    name = recipe.target.allocate
+    rule = find_method("allocate", name)
+    options = find_options("allocate", name, recipe.options.get(name, {}))
+    plans = rule.allocate_layers([layer.name for _, layer in layers], recipe.target.layer_plan(), options)
+    return [_planned(index, layer, plans[layer.name]) for index, layer in layers]
+
+
+def _planned(index: int, layer: Layer, plan: LayerPlan) -> PlannedLayer:
+    in_features = layer.shape[1]
+    if plan.pattern and in_features % plan.pattern[1]:
+        n, m = plan.pattern
+        raise InputError(
+            f"{layer.name} has {in_features} inputs, which {n}:{m} does not divide: choose another pattern"
+        )
+    stored = None
+    if plan.wbits < 16:
+        group_size = in_features if plan.group_size == -1 else plan.group_size
+        _check_groups(layer.name, in_features, group_size)
+        packed = IntWeight.planned(layer.shape, plan.wbits, group_size, plan.symmetric)
+        stored = StoredLayer(layer.name, layer.param, layer.index, layer.transposed, packed)
+    return PlannedLayer(layer.name, index, layer.shape, plan, stored)
+
+
+def _check_groups(name: str, in_features: int, group_size: int) -> None:
+    if in_features % group_size:
+        fitting = [g for g in (256, 128, 64, 32, 16, 8) if in_features % g == 0]
+        mend = f"--group-size {fitting[0]}, or -1 for one scale an output channel" if fitting else "--group-size -1"
+        raise InputError(f"{name} has {in_features} inputs, which groups of {group_size} do not divide: use {mend}")
+
+
+def plan_head(model: Model, recipe: Recipe) -> list[StoredLayer]:
+    """How embeddings and head will lie in a checkpoint; empty if they stay dense. A tied pair is one layer."""
+    bits = recipe.target.head_bits
+    if bits == 16:
+        return []
+    planned = {}
+    for module in (model.lm.get_input_embeddings(), model.lm.get_output_embeddings()):
+        name = next((n for n, m in model.lm.named_modules() if m is module), None)
+        if name is None or id(module.weight) in planned:
+            continue
+        shape = tuple(module.weight.shape)
+        group_size = shape[1] if recipe.target.group_size == -1 else recipe.target.group_size
+        _check_groups(name, shape[1], group_size)
+        packed = IntWeight.planned(shape, bits, group_size, symmetric=True)
+        planned[id(module.weight)] = StoredLayer(name, f"{name}.weight", None, False, packed, embedding=True)
+    return list(planned.values())
+
+
+def dense_bytes(model: Model) -> int:
+    """Bytes of the model's parameters as they came, tied ones once."""
+    unique = {id(p): p.numel() * p.element_size() for p in model.lm.parameters()}
+    return sum(unique.values())
+
+
+def n_parameters(model: Model) -> int:
+    """How many parameters the model has, tied ones once."""
+    return sum(p.numel() for p in {id(p): p for p in model.lm.parameters()}.values())

@@ -1,0 +1,166 @@
+"""What a run is asked to do, as data: read from a TOML file and flags, validated, written back whole."""
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from compress.errors import InputError
+from compress.task import LayerPlan
+
+PRUNER, QUANTIZER = "sparsegpt", "gptq"  # what measured best (README, table of methods)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Calibration(_Frozen):
+    """Which text runs through the model while it is compressed."""
+
+    source: str = Field("c4", description="c4, wikitext2, ptb, pileval, ultrachat, builtin, self, or a text file")
+    nsamples: int = Field(128, ge=1, description="sequences")
+    seqlen: int = Field(2048, ge=8, description="tokens a sequence, the leading BOS included")
+    seed: int = Field(0, ge=0, description="which sequences are taken")
+
+
+class Target(_Frozen):
+    """What the model is asked to become."""
+
+    sparsity: float = Field(0.0, ge=0.0, lt=1.0, description="share of the blocks' weights to remove")
+    pattern: str = Field("unstructured", description="unstructured, or n:m with n kept of every m inputs, such as 2:4")
+    wbits: Literal[2, 3, 4, 8, 16] = Field(16, description="bits a weight; 16 leaves weights as they are")
+    group_size: int = Field(128, description="inputs that share a scale; -1: one scale an output channel")
+    symmetric: bool = Field(True, description="zero in the middle of the codes; False stores zero points")
+    head_bits: Literal[4, 8, 16] = Field(16, description="bits of the embeddings and the head")
+    allocate: str = Field("uniform", description="how sparsity and bits are spread over layers")
+
+    @field_validator("pattern")
+    @classmethod
+    def _readable(cls, pattern: str) -> str:
+        if pattern != "unstructured":
+            n, colon, m = pattern.partition(":")
+            if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
+                raise ValueError("should be unstructured, or n:m with n kept of every m inputs, such as 2:4")
+        return pattern
+
+    @model_validator(mode="after")
+    def _agreeing(self) -> "Target":
+        if self.group_size != -1 and self.group_size < 8:
+            raise ValueError("group_size should be -1 (per output channel) or at least 8")
+        if self.n_of_m is not None and self.sparsity not in (0.0, self.density_gap):
+            raise ValueError(f"pattern {self.pattern} removes {self.density_gap:g} of the weights: leave out sparsity")
+        return self
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        """(n kept, of m), or None if unstructured."""
+        if self.pattern == "unstructured":
+            return None
+        n, m = self.pattern.split(":")
+        return int(n), int(m)
+
+    @property
+    def density_gap(self) -> float:
+        """The sparsity that the target comes to, from the pattern if there is one."""
+        return self.sparsity if self.n_of_m is None else 1 - self.n_of_m[0] / self.n_of_m[1]
+
+    def layer_plan(self) -> LayerPlan:
+        """The same for a single layer, before an allocation moves it."""
+        return LayerPlan(self.density_gap, self.n_of_m, self.wbits, self.group_size, self.symmetric)
+
+
+class Recipe(_Frozen):
+    """Everything that decides a run's result."""
+
+    model: str
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="auto: as the model is stored")
+    calib: Calibration = Calibration()
+    target: Target = Target()
+    pruner: str | None = None
+    quantizer: str | None = None
+    sequential: bool = Field(False, description="within a block, calibrate each layer on already compressed ones")
+    format: str = Field("auto", description="auto, compressed-tensors, gptq or native")
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict, description="by method name")
+
+    @model_validator(mode="after")
+    def _methods(self) -> "Recipe":
+        target = self.target
+        prunes, quantizes = target.density_gap > 0, target.wbits < 16
+        if self.pruner and not prunes:
+            raise ValueError(f"pruner {self.pruner} has nothing to do: give --sparsity or --pattern")
+        if self.quantizer and not quantizes:
+            raise ValueError(f"quantizer {self.quantizer} has nothing to do: give --wbits")
+        if not (prunes or quantizes or target.head_bits < 16):
+            raise ValueError("nothing to do: give --sparsity, --pattern, --wbits or --head-bits")
+        return self
+
+    @property
+    def steps(self) -> list[tuple[str, str]]:
+        """(stage, method) of each step a layer goes through, defaults filled in."""
+        steps = []
+        if self.target.density_gap > 0:
+            steps.append(("prune", self.pruner or PRUNER))
+        if self.target.wbits < 16:
+            steps.append(("quantize", self.quantizer or QUANTIZER))
+        return steps
+
+    def toml(self) -> str:
+        """The recipe as a TOML document that reads back equal."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+    def differences(self, other: "Recipe") -> list[str]:
+        """Dotted keys in which two recipes differ."""
+        mine, theirs = _flat(self.model_dump()), _flat(other.model_dump())
+        return [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+
+
+def read_recipe(file: Path | None, flags: dict[str, Any]) -> Recipe:
+    """A recipe from a TOML file (if any), overridden by nested `flags`.
+
+    Raises InputError with the key, the value and what it should be.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values = tomllib.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(f"there is no recipe {file}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{file} is not a TOML recipe: {error}") from error
+    try:
+        return Recipe.model_validate(_merged(values, flags))
+    except ValidationError as error:
+        raise InputError(validation_line(error)) from error
+
+
+def validation_line(error: ValidationError) -> str:
+    """The first complaint of pydantic, as one line a user can act on."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    if first["type"] == "extra_forbidden":
+        return f"there is no setting {key}"
+    if not key or (first["type"] == "value_error" and isinstance(first["input"], dict)):
+        return message
+    return f"{key} = {first['input']!r}: {message}"
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

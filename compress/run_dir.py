@@ -1,0 +1,156 @@
+"""A run on disk: enough to go on after a kill, to repeat it, and to report on it.
+
+    recipe.toml          what was asked, every default written out
+    run.json             versions and a fingerprint of the model's files
+    tokens.safetensors   the calibration tokens
+    log.jsonl            the journal, one line per layer and step, then one per block
+    blocks/0007.safetensors, 0007.json   a finished block; its checksum and figures, written after it
+    result.json          the figures of the finished run
+
+A block counts as finished when its checksum file is there and holds. The block files are removed once the checkpoint
+made of them is on disk.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from compress.calib.weight_files import read_all
+from compress.errors import InputError, RunError
+from compress.files import disk_errors, sha256, write_json, write_tensors, write_text
+from compress.recipe import Recipe, read_recipe
+
+
+class RunDir:
+    """One run's folder, locked against a second process while it is open.
+
+    Raises RunError if another process holds it, InputError if it belongs to another recipe or model.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, fingerprint: dict[str, Any]):
+        self.path = path
+        self.blocks = path / "blocks"
+        with disk_errors(path):
+            self.blocks.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(path / "lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunError(f"{path} is in use by another process: wait for it, or take another --out") from error
+        try:
+            self._claim(recipe, fingerprint)
+        except BaseException:
+            self.close()
+            raise
+        self.journal = Journal(path / "log.jsonl")
+
+    def _claim(self, recipe: Recipe, fingerprint: dict[str, Any]) -> None:
+        file, about = self.path / "recipe.toml", self.path / "run.json"
+        mend = "take another --out, or remove it to start over"
+        if file.exists():
+            before = read_recipe(file, {})
+            if changed := recipe.differences(before):
+                raise InputError(f"{self.path} holds a run with another {', '.join(changed)}: {mend}")
+        if about.exists() and json.loads(about.read_text()).get("model") != fingerprint["model"]:
+            raise InputError(f"{self.path} holds a run of other weights under the same name {recipe.model}: {mend}")
+        if not file.exists():
+            write_text(file, recipe.toml())
+        write_json(about, fingerprint)
+
+    def close(self) -> None:
+        """Let others have the folder."""
+        self._lock.release()
+
+    def once(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors made by `make` the first time, and read back ever after."""
+        file = self.path / f"{key}.safetensors"
+        if not file.exists():
+            write_tensors(file, make())
+        return read_all(file)[0]
+
+    def _block(self, key: str) -> tuple[Path, Path]:
+        return self.blocks / f"{key}.safetensors", self.blocks / f"{key}.json"
+
+    def has(self, key: str) -> bool:
+        """Whether a block is finished and whole. A damaged one is reported in the journal and counts as missing."""
+        data, mark = self._block(key)
+        try:
+            wanted = json.loads(mark.read_text())["sha256"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return False
+        if data.is_file() and sha256(data) == wanted:
+            return True
+        self.journal.write(event="damaged", file=data.name, note="checksum does not match; this block is done again")
+        mark.unlink()
+        return False
+
+    def save(self, key: str, tensors: dict[str, Tensor], manifest: dict[str, Any], figures: dict[str, Any]) -> None:
+        """Put a finished block on disk; it counts once the file with its checksum and figures is renamed into place."""
+        data, mark = self._block(key)
+        write_tensors(data, tensors, {"manifest": json.dumps(manifest)})
+        write_json(mark, {"sha256": sha256(data), "figures": figures})
+
+    def restore(self, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors and the manifest that `save` was given."""
+        tensors, metadata = read_all(self._block(key)[0])
+        return tensors, json.loads(metadata["manifest"])
+
+    def figures(self, key: str) -> dict[str, Any]:
+        """The figures that `save` was given."""
+        return json.loads(self._block(key)[1].read_text())["figures"]
+
+    def drop_blocks(self) -> None:
+        """Remove the block files, after the checkpoint made of them is on disk."""
+        for file in self.blocks.iterdir():
+            file.unlink()
+
+
+class Finished:
+    """result.json: the figures of a finished run."""
+
+    def __init__(self, path: Path):
+        self.file = path / "result.json"
+
+    def read(self) -> dict[str, Any] | None:
+        """The figures, or None while the run is not finished."""
+        return json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else None
+
+    def update(self, result: dict[str, Any]) -> None:
+        """Put figures on disk."""
+        write_json(self.file, result)
+
+
+class Journal:
+    """log.jsonl: one JSON object a line, flushed at once. A line cut short by a kill is removed on opening."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        if path.exists():
+            text = path.read_bytes()
+            whole = text[: text.rfind(b"\n") + 1]
+            if len(whole) != len(text):
+                path.write_bytes(whole)
+        self._opened_at = path.stat().st_size if path.exists() else 0
+
+    def write(self, **values: Any) -> None:
+        """Append one line; seconds since the epoch are added."""
+        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """All lines so far."""
+        return self._lines(0)
+
+    def this_sitting(self) -> list[dict[str, Any]]:
+        """The lines since this process opened the run."""
+        return self._lines(self._opened_at)
+
+    def _lines(self, start: int) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_bytes()[start:].splitlines()]

@@ -1,0 +1,72 @@
+"""Find a method by name: the file compress/<stage>/<name>.py is the method."""
+
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from pydantic import ValidationError
+
+from compress.errors import InputError
+from compress.options import MethodOptions
+from compress.recipe import Recipe, validation_line
+from compress.task import LayerTask
+
+VERBS = {"allocate": "allocate_layers", "prune": "prune_layer", "quantize": "quantize_layer"}  # by stage
+
+
+@dataclass(frozen=True)
+class Step:
+    """A method with its options, ready for layers."""
+
+    stage: str
+    name: str
+    needs: frozenset[str]  # the fields of LayerStats it reads
+    options: MethodOptions
+    run: Callable[[LayerTask], LayerTask]
+
+
+def methods(stage: str) -> dict[str, ModuleType]:
+    """Every method of a stage by name, in alphabetical order."""
+    folder = import_module(f"compress.{stage}")
+    found = {}
+    for entry in pkgutil.iter_modules(folder.__path__):
+        module = import_module(f"compress.{stage}.{entry.name}")
+        if hasattr(module, VERBS[stage]):
+            found[entry.name.replace("_", "-")] = module
+    return found
+
+
+def find_method(stage: str, name: str) -> ModuleType:
+    """The module of one method. Raises InputError that lists what there is."""
+    found = methods(stage)
+    if name not in found:
+        close = get_close_matches(name, found, 1)
+        hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(found)}"
+        raise InputError(f"there is no method {name!r} to {stage} with; {hint}")
+    return found[name]
+
+
+def find_options(stage: str, name: str, values: dict[str, Any]) -> MethodOptions:
+    """A method's options, its defaults overridden by `values`. Raises InputError naming the option."""
+    try:
+        return find_method(stage, name).Options.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{name}: {validation_line(error)}") from error
+
+
+def find_steps(recipe: Recipe) -> list[Step]:
+    """The steps of a recipe, in order. Raises InputError for an unknown method, option or unused options table."""
+    used = {name for _, name in recipe.steps} | {recipe.target.allocate}
+    if unused := [name for name in recipe.options if name not in used]:
+        raise InputError(f"options for {unused[0]}, which this recipe does not use (it uses {', '.join(sorted(used))})")
+    steps = []
+    for stage, name in recipe.steps:
+        method = find_method(stage, name)
+        options = find_options(stage, name, recipe.options.get(name, {}))
+        verb = getattr(method, VERBS[stage])
+        steps.append(Step(stage, name, frozenset(method.NEEDS), options, lambda t, v=verb, o=options: v(t, o)))
+    return steps

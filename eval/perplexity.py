@@ -1,0 +1,63 @@
+"""Perplexity of a streamed model over windows of tokens."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.calib.hidden import HiddenStates
+from compress.calib.model import Model
+from compress.errors import RunError
+
+LOGITS_AT_ONCE = 2**25  # numbers; a window of 512 tokens over 262,144 words would be 2**27
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood in nats, and what it was taken over."""
+
+    perplexity: float
+    nll: float  # nats a token
+    tokens: int  # tokens scored
+    seconds: float
+
+
+def perplexity(model: Model, windows: Tensor, on_step: Callable[[], None] = lambda: None) -> Perplexity:
+    """Perplexity over `windows` [n, seqlen] int64; every token but a window's first is scored, given those before it.
+
+    With a BOS at the start of each window that is every token of the text. `on_step` is called after each block and
+    after each window's logits: model.n_blocks + n times. No array of tokens x vocabulary is ever whole in memory.
+    Raises RunError if the likelihood is not finite.
+    """
+    started = time.monotonic()
+    hidden = HiddenStates(model.embed(windows[0]), len(windows))
+    for index, window in enumerate(windows):
+        hidden[index] = model.embed(window)
+    for block in model.blocks():
+        for index in range(len(hidden)):
+            hidden[index] = block(hidden[index])
+        on_step()
+    total, tokens = 0.0, 0
+    for index, window in enumerate(windows):
+        total += _window_nll(model, hidden[index], window.to(model.device))
+        tokens += len(window) - 1
+        on_step()
+    if not math.isfinite(total):
+        raise RunError(f"{model.folder} gives logits that are not finite: its weights are damaged")
+    nll = total / tokens
+    return Perplexity(math.exp(min(nll, 700.0)), nll, tokens, time.monotonic() - started)
+
+
+def _window_nll(model: Model, hidden: Tensor, window: Tensor) -> float:
+    """Negative log-likelihood in nats of window[1:], from hidden states [1, seqlen, hidden_size]."""
+    positions = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    total = 0.0
+    for start in range(0, len(window) - 1, positions):
+        stop = min(start + positions, len(window) - 1)
+        logits = model.logits(hidden[:, start:stop])[0].float()
+        nll = torch.nn.functional.cross_entropy(logits, window[start + 1 : stop + 1], reduction="none")
+        total += nll.sum(dtype=torch.float64).item()
+    return total
