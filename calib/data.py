@@ -24,7 +24,11 @@ def bos_token_id(tokenizer: Any) -> int | None:
     """
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     special = tokenizer("a", add_special_tokens=True)["input_ids"]
-    return special[0] if special[:1] != plain[:1] else None
+    if special[:1] == plain[:1] or (
+        not plain and special[0] != tokenizer.bos_token_id
+    ):  # "a" may not be in a small vocabulary
+        return None
+    return special[0]
 
 
 def calibration_windows(source: str, tokenizer: Any, nsamples: int, seqlen: int, seed: int) -> Tensor:

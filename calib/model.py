@@ -175,6 +175,7 @@ class Model:
         plan = LoadStateDictConfig(dtype=self.dtype, weight_mapping=mapping, device_map={"": self.device})
         with _quiet():
             info, _ = convert_and_load_state_dict_in_model(self.lm, state, plan)
+        self.lm.requires_grad_(False)
         if info.mismatched_keys:
             name, found, wanted = sorted(info.mismatched_keys)[0]
             raise InputError(f"{name} is {list(found)} in {self.folder} but config.json says {list(wanted)}")

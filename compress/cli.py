@@ -7,11 +7,12 @@ import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from compress import __version__
 from compress.errors import CompressError, InputError, RunError
+
+USAGE_ERROR = typer.BadParameter.__base__  # typer brings a click of its own
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
@@ -230,9 +231,9 @@ def main() -> None:
     try:
         status = app(args=[a for a in sys.argv[1:] if a != "--debug"], prog_name="compress", standalone_mode=False)
         code, line = (status if isinstance(status, int) else 0), ""
-    except click.exceptions.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         code, line = 130, "stopped: the same command goes on from here"
-    except click.ClickException as error:
+    except USAGE_ERROR as error:
         code, line = 2, error.format_message()
     except Exception as error:
         if debug:

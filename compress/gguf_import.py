@@ -116,9 +116,10 @@ def _config(file: GgufFile) -> PreTrainedConfig:
             f"{file.path} is of architecture {file.architecture}, "
             f"which transformers {transformers_version} does not read from GGUF: {INSTEAD}"
         )
-    _refuse_lost_rope_scaling(file, GGUF_CONFIG_MAPPING[architecture])
+    known = GGUF_CONFIG_MAPPING[architecture]
+    _refuse_lost_rope_scaling(file, known)
     with tempfile.TemporaryDirectory() as folder:
-        _write_slim_header(file, Path(folder) / "header.gguf")
+        _write_slim_header(file, Path(folder) / "header.gguf", known)
         try:
             config = AutoConfig.from_pretrained(folder, gguf_file="header.gguf")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -163,7 +164,7 @@ def _restore_llama3_rope(file: GgufFile, config: PreTrainedConfig) -> None:
     }
 
 
-def _write_slim_header(file: GgufFile, path: Path) -> None:
+def _write_slim_header(file: GgufFile, path: Path, known: dict[str, Any]) -> None:
     """A GGUF file with the same settings and tensor names, but without vocabulary and weights."""
     writer = gguf.GGUFWriter(path, file.architecture)
     for key, value in file.metadata.items():
@@ -171,7 +172,11 @@ def _write_slim_header(file: GgufFile, path: Path) -> None:
         if not (vocabulary or isinstance(value, Skipped) or key == "general.architecture"):
             writer.add_key_value(key, value, *_value_types(value))
     size, tokens = f"{file.architecture}.vocab_size", file.metadata.get("tokenizer.ggml.tokens")
-    if size not in file.metadata and isinstance(tokens, Skipped):
+    if (
+        isinstance(tokens, Skipped) and "vocab_size" not in known
+    ):  # GPT-2 and StarCoder 2: transformers counts the tokens
+        writer.add_token_list([""] * tokens.length)
+    elif isinstance(tokens, Skipped) and size not in file.metadata:
         writer.add_uint32(size, tokens.length)
     for tensor in file.tensors:
         writer.add_tensor(tensor.name, np.zeros(1, np.float32))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compress.blocks import Work, block_key, compress_blocks
-from compress.calib.data import calibration_windows, self_generated_windows
+from compress.calib.data import calibration_windows
 from compress.calib.model import Model
 from compress.checkpoint.formats import choose_format, open_weights
 from compress.checkpoint.native import Contents, decode, encode

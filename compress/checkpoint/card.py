@@ -136,9 +136,9 @@ def _loading_compressed_tensors(quantization_config: Mapping[str, Any], path: st
     )
 
 
-def _rows(facts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _rows(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The lines of the table: what, dense, compressed."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for text, values in (facts.get("perplexity") or {}).items():
         rows.append((f"perplexity, {text}", *(_number(values.get(kind), "{:.3f}") for kind in ("dense", "compressed"))))
     if size := facts.get("bytes"):

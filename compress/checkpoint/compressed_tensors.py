@@ -192,7 +192,7 @@ class CompressedTensorsFiles(PackedFiles):
 
 def _targets(settings: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
     """How weights are quantized, by target, with the defaults of the library filled in."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, group in settings.get("config_groups", {}).items():
         if not isinstance(group, dict) or not isinstance(group.get("targets"), list):
             raise InputError(f"{name} in the config_groups of {where} is no description with targets: export it again")

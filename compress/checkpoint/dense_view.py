@@ -108,5 +108,5 @@ def model_dtype(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> torc
             if dtype is None:
                 raise InputError(f'config.json names the dtype "{name}": only {", ".join(NAMED)} are read')
             return dtype
-    stored = (FLOATS[e.dtype] for n, e in entries.items() if e.dtype in FLOATS and not n.endswith("scale"))
+    stored = (FLOATS[e.dtype] for n, e in entries.items() if e.dtype in FLOATS and not n.endswith(("scale", "scales")))
     return next(stored, torch.float32)

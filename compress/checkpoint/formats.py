@@ -44,7 +44,7 @@ def choose_format(requested: str, layers: Sequence[StoredLayer]) -> tuple[str, s
         return DENSE, "no layer is quantized"
     if requested != "auto":
         return requested, "as asked"
-    reasons = []
+    reasons: list[str] = []
     for name in AUTO:
         reason = find_format(name).refusal(layers)
         if reason is None:

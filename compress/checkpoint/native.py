@@ -58,9 +58,11 @@ class LayerEntry(BaseModel):
         groups, rest = divmod(self.in_features, self.group_size)
         packed, scale = tensors["packed"], tensors["scale"]
         out = packed.shape[0] if packed.dim() else 0
-        wanted = {"packed": ((out, words_for(self.in_features, self.bits)), (torch.int32,))}
-        wanted["scale"] = ((out, groups), (torch.float16, torch.bfloat16))
-        wanted["zero_point"] = ((out, groups), (torch.uint8,))
+        wanted: dict[str, tuple[tuple[int, int], tuple[torch.dtype, ...]]] = {
+            "packed": ((out, words_for(self.in_features, self.bits)), (torch.int32,)),
+            "scale": ((out, groups), (torch.float16, torch.bfloat16)),
+            "zero_point": ((out, groups), (torch.uint8,)),
+        }
         for part, tensor in tensors.items():
             shape, dtypes = wanted[part]
             if rest or tuple(tensor.shape) != shape or tensor.dtype not in dtypes:

@@ -63,7 +63,6 @@ class ShardWriter:
         names = [WHOLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         with disk_errors(self.folder):
             (self.folder / "config.json").unlink(missing_ok=True)
-            (self.folder / INDEX).unlink(missing_ok=True)
             sync(self.folder)
             for i, name in enumerate(names):
                 self._aside(i).replace(self.folder / name)

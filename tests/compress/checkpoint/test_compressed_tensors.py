@@ -154,11 +154,16 @@ def test_whole_row_groups_are_read_under_both_names(tmp_path, make_layer, make_c
         assert torch.equal(files.read("a.weight"), layer.packed.dequantize().half())
 
 
-def test_one_scale_for_the_whole_tensor_is_read(tmp_path, make_layer, make_checkpoint):
-    layer = make_layer("a", symmetric=True)
+@pytest.mark.parametrize("zero_point", [None, -3])
+def test_one_scale_for_the_whole_tensor_is_read(tmp_path, make_layer, make_checkpoint, zero_point):
+    layer = make_layer("a")
     tensors = layer_tensors(layer, torch.float16) | {"a.weight_scale": torch.tensor([0.25], dtype=torch.float16)}
-    files = CompressedTensorsFiles(make_checkpoint(tmp_path, tensors, _settings(strategy="tensor")))
-    assert torch.equal(files.read("a.weight"), (layer.packed.codes().float() - 8).mul(0.25).half())
+    if zero_point is not None:
+        tensors["a.weight_zero_point"] = torch.tensor([zero_point], dtype=torch.int8)  # one is never packed
+    described = _settings(strategy="tensor", symmetric=zero_point is None)
+    files = CompressedTensorsFiles(make_checkpoint(tmp_path, tensors, described))
+    expected = (layer.packed.codes().float() - 8 - (zero_point or 0)).mul(0.25)
+    assert torch.equal(files.read("a.weight"), expected.half())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

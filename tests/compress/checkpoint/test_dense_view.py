@@ -32,7 +32,7 @@ def test_the_dtype_is_the_configs_or_else_the_first_dense_tensors(tmp_path, make
     assert model_dtype({"dtype": "float16"}, entries) == torch.float16
     assert model_dtype({"torch_dtype": "float32"}, entries) == torch.float32
     assert model_dtype({"text_config": {"dtype": "torch.float16"}}, entries) == torch.float16
-    assert model_dtype({}, {"b.weight": entries["b.weight"]}) == torch.bfloat16
+    assert model_dtype({}, entries) == torch.bfloat16
     with pytest.raises(InputError, match='names the dtype "float8": only float16, bfloat16, float32 are read'):
         model_dtype({"dtype": "float8"}, entries)
 

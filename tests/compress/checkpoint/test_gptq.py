@@ -147,6 +147,7 @@ def test_other_layouts_are_refused_by_name(tmp_path, make_layer, make_checkpoint
         ({"a.qzeros": torch.zeros(3, 4, dtype=torch.int32)}, r"qzeros \[3, 4\] .* do not fit"),
         ({"a.scales": torch.ones(2, 64)}, r"scales \[2, 64\], which do not fit"),
         ({"a.g_idx": torch.full((64,), 2, dtype=torch.int32)}, r"a\.g_idx does not name one of 2 groups"),
+        ({"a.g_idx": torch.full((64,), -1, dtype=torch.int32)}, r"a\.g_idx does not name one of 2 groups"),
         ({"a.g_idx": torch.zeros(63, dtype=torch.int32)}, r"for each of 64 inputs"),
     ],
 )

@@ -112,7 +112,7 @@ def _with(**changes):
         (_with(colour="red"), r"damaged \(layers\.a\.colour"),
         (_with(bits=8), r"a\.packed is torch.int32 \[32, 8\], which does not fit 8 bits in groups of 32 of 64 inputs"),
         (_with(group_size=16), r"a\.scale is"),
-        (_with(group_size=63), "groups of 63 of 64"),
+        (_with(group_size=30), "groups of 30 of 64"),  # two whole groups, as there are scales, and a rest
         (_with(in_features=96), r"a\.packed is"),
         (_with(symmetric=False), r"b lacks the tensor a\.zero_point"),
         (lambda tensors, manifest: tensors.pop("a.packed"), r"b lacks the tensor a\.packed"),
