@@ -13,7 +13,7 @@ from compress.errors import InputError
 Part = Literal["calibration", "evaluation"]
 
 ENDINGS = (".txt", ".jsonl", ".parquet")
-LARGEST = 256 << 20  # bytes of a text file: tokenizing takes about 50 bytes of memory a byte
+LARGEST = 32 << 20  # bytes of a text file: tokenizing whole takes about 80 bytes of memory a byte
 SHUFFLED_AHEAD = 10_000  # documents of a stream that are held to be shuffled
 SECONDS = 10  # to wait for the hub's first answer
 
@@ -89,7 +89,7 @@ def read_text(source: str, part: Part = "calibration", seed: int | None = None) 
 def _plain(path: Path) -> str:
     """A text file as it is, line endings included."""
     if path.stat().st_size > LARGEST:
-        raise InputError(f"{path} is too long to be tokenized whole: cut it, for example `head -c 50M`")
+        raise InputError(f"{path} is too long to be tokenized whole: cut it, for example `head -c 10M`")
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:

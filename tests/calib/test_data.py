@@ -115,6 +115,10 @@ def test_a_running_text_is_read_byte_for_byte(tmp_path):
     file.write_bytes(b"w3 \xff")
     with pytest.raises(InputError, match=r"not UTF-8.*byte 3"):
         read_text(str(file))
+    with file.open("wb") as sparse:
+        sparse.truncate(33 << 20)
+    with pytest.raises(InputError, match="too long to be tokenized whole"):
+        read_text(str(file))
 
 
 @pytest.mark.parametrize(

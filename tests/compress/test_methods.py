@@ -1,0 +1,106 @@
+"""What every method has to keep to, whoever wrote it: the folders are read, so a new file is tested by being there."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from tasks import error, random_task
+
+from compress.calib.stats import LayerStats
+from compress.steps import VERBS, methods
+from compress.task import LayerPlan
+
+PRUNERS, QUANTIZERS = methods("prune"), methods("quantize")
+PLANS = [
+    LayerPlan(sparsity=0.5),
+    LayerPlan(sparsity=0.7),
+    LayerPlan(sparsity=0.5, pattern=(2, 4)),
+    LayerPlan(sparsity=0.5, pattern=(4, 8)),
+    LayerPlan(sparsity=0.75, pattern=(1, 4)),
+    LayerPlan(sparsity=1 - 5 / 16, pattern=(5, 16)),
+]
+GRIDS = [LayerPlan(wbits=b, group_size=g, symmetric=s) for b in (2, 3, 4, 8) for g in (32, -1) for s in (True, False)]
+
+
+def apply(stage, module, task, **options):
+    return getattr(module, VERBS[stage])(task, module.Options(**options))
+
+
+def only_needed(task, module):
+    """The task with nothing but the statistics the method says it needs."""
+    given = {name: getattr(task.stats, name) for name in module.NEEDS}
+    return replace(task, stats=LayerStats(task.stats.n_tokens, **given))
+
+
+@pytest.mark.parametrize("stage", VERBS)
+def test_every_method_says_what_it_is_where_it_is_from_and_what_can_be_set(stage):
+    assert methods(stage)
+    for name, module in methods(stage).items():
+        assert re.match(r"\w[^:]*: .+[.:]$", module.__doc__.splitlines()[0]), f"{name} needs one plain first sentence"
+        if stage != "allocate":
+            assert re.search(r"arXiv:\d{4}\.\d{5}", module.__doc__), f"{name} names no paper"
+        for key, field in module.Options.model_fields.items():
+            assert field.description, f"{name}.{key} has no description"
+            assert not field.is_required(), f"{name}.{key} has no default"
+        with pytest.raises(ValueError, match="frozen"):
+            module.Options().__setattr__("anything", 1)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda p: f"{p.sparsity:g}-{p.pattern}")
+@pytest.mark.parametrize("name", PRUNERS)
+def test_pruners(name, plan):
+    module = PRUNERS[name]
+    task = random_task(plan)
+    before = task.weight.clone()
+    done = apply("prune", module, only_needed(task, module))
+    assert torch.equal(task.weight, before), "the input was changed"
+    assert done.weight.shape == before.shape and done.weight.dtype == torch.float32
+    assert torch.isfinite(done.weight).all()
+    assert (done.weight[~done.keep] == 0).all()
+    if plan.pattern:
+        n, m = plan.pattern
+        assert (done.keep.unflatten(1, (-1, m)).sum(-1) == n).all()
+    else:
+        assert (~done.keep).float().mean().item() == pytest.approx(plan.sparsity, abs=1 / 64)
+    again = apply("prune", module, only_needed(task, module))
+    assert torch.equal(again.weight, done.weight)
+    assert error(replace(done, stats=task.stats)) <= error(apply("prune", PRUNERS["magnitude"], task)) + 1e-9
+
+
+@pytest.mark.parametrize("plan", GRIDS, ids=lambda p: f"W{p.wbits}g{p.group_size}{'sym' if p.symmetric else 'asym'}")
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_quantizers(name, plan):
+    module = QUANTIZERS[name]
+    task = random_task(plan)
+    before = task.weight.clone()
+    done = apply("quantize", module, only_needed(task, module))
+    assert torch.equal(task.weight, before), "the input was changed"
+    assert torch.equal(done.weight, done.packed.dequantize())
+    assert done.packed.bits == plan.wbits and done.packed.symmetric == plan.symmetric
+    assert done.packed.codes().int().max() < 2**plan.wbits
+    assert torch.isfinite(done.weight).all()
+    again = apply("quantize", module, only_needed(task, module))
+    assert torch.equal(again.packed.packed, done.packed.packed)
+    assert error(replace(done, stats=task.stats)) <= error(apply("quantize", QUANTIZERS["rtn"], task)) + 1e-9
+
+
+@pytest.mark.parametrize("plan", GRIDS[::3], ids=lambda p: f"W{p.wbits}g{p.group_size}{'sym' if p.symmetric else 'asym'}")
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_pruned_weights_stay_exactly_zero_in_packed_form(pruner, quantizer, pattern, plan):
+    task = random_task(replace(plan, sparsity=0.5, pattern=pattern))
+    pruned = apply("prune", PRUNERS[pruner], task)
+    done = apply("quantize", QUANTIZERS[quantizer], pruned)
+    assert (done.packed.dequantize()[~pruned.keep] == 0).all()
+    assert torch.equal(done.keep, pruned.keep)
+
+
+@pytest.mark.parametrize(("stage", "name"), [(s, n) for s in ("prune", "quantize") for n in methods(s)])
+def test_an_input_channel_that_is_always_zero_breaks_nothing(stage, name):
+    task = random_task(LayerPlan(sparsity=0.5, wbits=4, group_size=32))
+    hessian, x_sq = task.stats.hessian.clone(), task.stats.x_sq.clone()
+    hessian[7], hessian[:, 7], x_sq[7] = 0, 0, 0
+    task = replace(task, stats=LayerStats(1024, x_sq=x_sq, hessian=hessian))
+    assert torch.isfinite(apply(stage, methods(stage)[name], task).weight).all()
