@@ -111,14 +111,14 @@ class _Passer(nn.Module):
             kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
             seen = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
             model.seen.append((seen, args[1:], kwargs))
+            if model.tuple_length == UNKNOWN or len(model.seen) == model.n_blocks:
+                raise _SeenEnough
             hidden = seen
-        if model.tuple_length == UNKNOWN:
-            raise _FirstCall
         return hidden if model.tuple_length is None else (hidden, *[None] * (model.tuple_length - 1))
 
 
-class _FirstCall(Exception):
-    """Ends the model's forward as soon as it has shown how it calls its first block."""
+class _SeenEnough(Exception):
+    """Ends the model's forward once it has shown how it calls its blocks: the head is far from free."""
 
 
 class Model:
@@ -264,9 +264,7 @@ class Model:
         """
         if self.tuple_length == UNKNOWN:
             self.tuple_length = self._probe_block(tokens)
-        self.seen = []
-        self._run(tokens.unsqueeze(0), [_Passer(self, index) for index in range(self.n_blocks)])
-        seen, self.seen = self.seen, []
+        seen = self._record_calls(tokens)
         calls = [(args, kwargs) for _, args, kwargs in seen]
         length = len(tokens)
         if length not in self.calls:
@@ -296,11 +294,17 @@ class Model:
         finally:
             setattr(self._parent, self._slot, self.modules)
 
+    def _record_calls(self, tokens: Tensor) -> list[tuple[Tensor, tuple, dict]]:
+        """(hidden states, further arguments, keywords) of each block's call; of the first alone until one was probed."""
+        self.seen = []
+        with contextlib.suppress(_SeenEnough):
+            self._run(tokens.unsqueeze(0), [_Passer(self, index) for index in range(self.n_blocks)])
+        seen, self.seen = self.seen, []
+        return seen
+
     def _probe_block(self, tokens: Tensor) -> int | None:
         """Whether blocks return a tuple, and of what length: run the first one, as the model itself calls it."""
-        with contextlib.suppress(_FirstCall):
-            self._run(tokens.unsqueeze(0), [_Passer(self, index) for index in range(self.n_blocks)])
-        hidden, args, kwargs = self.seen.pop()
+        hidden, args, kwargs = self._record_calls(tokens)[0]
         out = self.load_block(0).module(hidden, *args, **kwargs)
         self._free(0)
         return len(out) if isinstance(out, tuple) else None

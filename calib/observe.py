@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from compress.calib.model import Block, Layer
 from compress.calib.stats import LayerStats
 
+PANEL = 512  # rows of xᵀx computed at a time
 SAMPLE_TOKENS = 512  # inputs kept of all calibration tokens, to measure output errors with
 
 
@@ -84,8 +85,11 @@ class _Sums:
             square = x.square().sum(0)
             self.x_sq = square.double() if self.x_sq is None else self.x_sq.add_(square)
         if "hessian" in self.needs:
-            product = x.T @ x
-            self.hessian = product.double() if self.hessian is None else self.hessian.add_(product)
+            if self.hessian is None:
+                self.hessian = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+            for start in range(0, x.shape[1], PANEL):  # xᵀx is symmetric: panels up to the diagonal are enough
+                stop = min(start + PANEL, x.shape[1])
+                self.hessian[start:stop, :stop] += x[:, start:stop].T @ x[:, :stop]
 
     def finish(self, in_features: int) -> LayerStats:
         if not self.n_tokens:
@@ -97,9 +101,15 @@ class _Sums:
         return LayerStats(
             n_tokens=self.n_tokens,
             x_sq=None if self.x_sq is None else self.x_sq.float(),
-            hessian=None if self.hessian is None else self.hessian.float(),
+            hessian=None if self.hessian is None else _mirrored(self.hessian),
             sample=torch.cat(self.sample),
         )
+
+
+def _mirrored(lower: Tensor) -> Tensor:
+    """A symmetric float32 matrix from its lower panels in float64, which it uses up."""
+    whole = lower.tril_().float()
+    return whole.add_(whole.tril(-1).T)
 
 
 class _Watch(TorchFunctionMode):

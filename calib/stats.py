@@ -64,11 +64,13 @@ def _factorize(hessian: Tensor, damping: float, order: Tensor | None) -> tuple[T
         damped.diagonal().add_(damping * mean).masked_fill_(dead, max(mean, 1e-30))
         if order is not None:
             damped = damped[order][:, order]
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        # H = R Rᵀ with R upper, from a Cholesky factor of H taken backwards; then H⁻¹ = R⁻ᵀ R⁻¹ and U = R⁻¹. Half the
+        # work of inverting H and factorizing again, and nothing but H has to be positive definite.
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
-            inverse = torch.cholesky_inverse(lower, out=damped)
-            factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed and torch.isfinite(factor).all():
+            identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+            factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            if torch.isfinite(factor).all():
                 return factor, damping
         damping *= 10
     raise RunError("a layer's Hessian is not positive definite even with full damping: use more calibration samples")

@@ -1,7 +1,6 @@
 """The command line: reads flags, calls the rest, prints. Results go to stdout, progress and errors to stderr."""
 
 import json
-import os
 import sys
 import traceback
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 from compress import __version__
 from compress.errors import CompressError, InputError, RunError
 
+INTERRUPTED = 130  # what a shell reports of a process ended by Ctrl-C
 USAGE_ERROR = typer.BadParameter.__base__  # typer brings a click of its own
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -159,6 +159,32 @@ def eval(
 
 
 @app.command()
+def bench(
+    model: ModelName,
+    ppl: Annotated[str, typer.Option(help="Text to measure perplexity on: wikitext2, ptb, builtin, or a file.")],
+    out: Annotated[Path, typer.Option(help="Folder for the runs; finished ones are not repeated.")],
+    calib: Annotated[str, typer.Option(help="Calibration text.")] = "c4",
+    nsamples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
+    seqlen: Annotated[int, typer.Option(help="Tokens a sequence and a window.")] = 512,
+    max_windows: Annotated[int, typer.Option(help="Windows of the text.")] = 32,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Names of the settings to run; may be repeated.", show_default="all")
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compress a model in every standard way, measure each against the dense model, and print one table.
+
+    [bold]Example[/bold]
+
+      compress bench gemma-3-270m --calib valid.txt --ppl test.txt --out bench
+    """
+    from compress.bench import bench as measure
+
+    _show(measure(model, out, (calib, nsamples, seqlen), (ppl, max_windows), only or [], device), as_json)
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run that is under way.")],
     as_json: Json = False,
@@ -232,18 +258,18 @@ def main() -> None:
         status = app(args=[a for a in sys.argv[1:] if a != "--debug"], prog_name="compress", standalone_mode=False)
         code, line = (status if isinstance(status, int) else 0), ""
     except (typer.Abort, KeyboardInterrupt):
-        code, line = 130, "stopped: the same command goes on from here"
+        code, line = INTERRUPTED, ""
     except USAGE_ERROR as error:
         code, line = 2, error.format_message()
     except Exception as error:
         if debug:
             traceback.print_exc()
         code, line = _line(error)
+    if code == INTERRUPTED:
+        line = "stopped: the same command goes on from here"
     if line:
         print(f"error: {line}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code) if code == 130 else sys.exit(code)
+    sys.exit(code)
 
 
 def _line(error: Exception) -> tuple[int, str]:

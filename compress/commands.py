@@ -1,5 +1,6 @@
 """What each command does, between its flags and its printing."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ from compress.doctor import doctor
 from compress.errors import InputError
 from compress.estimate import estimate
 from compress.evaluate import evaluate
-from compress.inspection import inspect
+from compress.inspection import inspect, notes
 from compress.pipeline import compress
-from compress.progress import Reporter
+from compress.progress import Reporter, Stage
 from compress.recipe import Recipe
 from compress.report import Report, duration, size, table
-from compress.run_dir import Finished
+from compress.run_dir import Finished, Journal
 from compress.sources import resolve_model
 from compress.steps import VERBS, methods
 
@@ -31,10 +32,24 @@ def pick_device(name: str) -> str:
     return name
 
 
+def find_model(name: str, revision: str | None, reporter: Reporter) -> Path:
+    """The model's folder; what it takes to get there is reported."""
+    with contextlib.ExitStack() as stack:
+        stages: list[Stage] = []
+
+        def report(done: int, total: int) -> None:
+            if not stages:
+                stages.append(stack.enter_context(reporter.stage("reading the GGUF file, tensor", total)))
+            while stages[0].done < done:
+                stages[0].step()
+
+        return resolve_model(name, revision=revision, progress=report)
+
+
 def run_command(recipe: Recipe, out: Path, text: str | None, windows: int, dry_run: bool, device: str) -> Report:
     """`compress run`: compress, then measure dense and compressed if asked."""
     reporter, device = Reporter(), pick_device(device)
-    folder = resolve_model(recipe.model, revision=recipe.revision)
+    folder = find_model(recipe.model, recipe.revision, reporter)
     if dry_run:
         return estimate(recipe, folder, out, device)
     if out.resolve() == folder.resolve():
@@ -42,7 +57,9 @@ def run_command(recipe: Recipe, out: Path, text: str | None, windows: int, dry_r
     result = compress(recipe, folder, out, reporter, device)
     if text is not None:
         result = _with_perplexity(result, folder, out, (text, recipe.calib.seqlen, windows), reporter, device)
-    return Report(result, [_run_table(result), f"\nCheckpoint in {out}. Look into it with: compress inspect {out}"])
+    said = notes(Journal(out / "run" / "log.jsonl").read())
+    closing = f"\nCheckpoint in {out}. Look into it with: compress inspect {out}"
+    return Report(result, [_run_table(result), *said, closing])
 
 
 def _with_perplexity(
@@ -82,8 +99,9 @@ def _run_table(result: dict[str, Any]) -> Any:
 
 def eval_command(name: str, texts: list[str], seqlen: int, max_windows: int | None, device: str) -> Report:
     """`compress eval`."""
-    folder = resolve_model(name)
-    result = evaluate(folder, texts, seqlen, max_windows, Reporter(), pick_device(device))
+    reporter = Reporter()
+    folder = find_model(name, None, reporter)
+    result = evaluate(folder, texts, seqlen, max_windows, reporter, pick_device(device))
     rows = [[text, f"{value:.3f}"] for text, value in result["perplexity"].items()]
     closing = f"{result['tokens']} tokens in {duration(result['seconds'])}"
     return Report(result, [table("", ["text", "perplexity"], rows), closing])

@@ -18,7 +18,8 @@ def evaluate(
 
     Returns {"checkpoint", "perplexity": {text: value}, "tokens": scored in all, "seconds"}.
     """
-    model, started = open_model(folder, device=device), time.monotonic()
+    started = time.monotonic()
+    model = open_model(folder, device=device)
     values, tokens = {}, 0
     for text in texts:
         measured = _measure(model, text, seqlen, max_windows, reporter)

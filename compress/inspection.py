@@ -24,10 +24,9 @@ def inspect(path: Path) -> Report:
     if (run / "log.jsonl").is_file():
         journal = Journal(run / "log.jsonl").read()
         data |= {"layers": _layers(journal), "seconds": split(journal), "result": Finished(run).read()}
-        data["notes"] = [line["note"] for line in journal if "note" in line]
-        data["notes"] += [note for line in journal if line["event"] == "layer" for note in line["notes"]]
+        data["notes"] = notes(journal)
         tables += [_layer_table(data["layers"]), _time_table(data["seconds"])]
-        tables += [f"note: {note}" for note in dict.fromkeys(data["notes"])]
+        tables += data["notes"]
         if data["result"] is None:
             done = {line["block"] for line in journal if line["event"] == "block"}
             tables.append(f"not finished: {len(done)} blocks done; the same command goes on")
@@ -60,6 +59,15 @@ def split(journal: list[dict[str, Any]]) -> dict[str, float]:
         elif line["event"] in ("opened", "checkpoint"):
             seconds[line["event"]] = seconds.get(line["event"], 0.0) + line["seconds"]
     return {name: round(value, 2) for name, value in seconds.items()}
+
+
+def notes(journal: list[dict[str, Any]]) -> list[str]:
+    """What went otherwise than asked, and for how many layers; each kind once."""
+    layers: dict[str, list[str]] = {}
+    for line in journal:
+        for note in [*line.get("notes", ()), *([line["note"]] if "note" in line else [])]:
+            layers.setdefault(note, []).append(line.get("layer") or line.get("file", ""))
+    return [f"note: {note} ({names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)})" for note, names in layers.items()]
 
 
 def _layer_table(layers: list[dict[str, Any]]) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 from compress.blocks import Work, block_key, compress_blocks
 from compress.calib.data import calibration_windows
 from compress.calib.model import Model
+from compress.calib.self_text import self_generated_windows
 from compress.checkpoint.formats import choose_format, open_weights
 from compress.checkpoint.native import Contents, decode, encode
 from compress.checkpoint.save import Saver
@@ -21,7 +22,7 @@ from compress.files import sha256
 from compress.kernels.weights import Grid, IntWeight
 from compress.plan import dense_bytes, n_parameters, plan_head, plan_layers
 from compress.progress import Reporter
-from compress.recipe import Recipe
+from compress.recipe import Calibration, Recipe
 from compress.run_dir import Finished, RunDir
 from compress.steps import find_steps
 
@@ -104,12 +105,23 @@ def _tokens(work: Work, recipe: Recipe, reporter: Reporter) -> Tensor:
     def sample() -> dict[str, Tensor]:
         reporter.say(f"calibrating on {calib.nsamples} x {calib.seqlen} tokens of {calib.source}")
         if calib.source == "self":
-            windows = self_generated_windows(model.folder, model.tokenizer, calib.nsamples, calib.seqlen, calib.seed)
+            windows = _own_text(model, calib, reporter)
         else:
             windows = calibration_windows(calib.source, model.tokenizer, calib.nsamples, calib.seqlen, calib.seed)
         return {"tokens": windows}
 
     return work.run.once("tokens", sample)["tokens"]
+
+
+def _own_text(model: Model, calib: Calibration, reporter: Reporter) -> Tensor:
+    """Calibration tokens that the model itself writes, [nsamples, seqlen]."""
+    with reporter.stage("writing calibration text, hundredth", 100) as stage:
+
+        def report(done: int, total: int) -> None:
+            while stage.done * total < done * 100:
+                stage.step()
+
+        return self_generated_windows(model.folder, model.tokenizer, calib.nsamples, calib.seqlen, calib.seed, report)
 
 
 def _compress_head(model: Model, head: list[StoredLayer], run: RunDir) -> None:

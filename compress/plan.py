@@ -48,7 +48,7 @@ def _planned(index: int, layer: Layer, plan: LayerPlan) -> PlannedLayer:
         )
     stored = None
     if plan.wbits < 16:
-        group_size = in_features if plan.group_size == -1 else plan.group_size
+        group_size = plan.group_of(in_features)
         _check_groups(layer.name, in_features, group_size)
         packed = IntWeight.planned(layer.shape, plan.wbits, group_size, plan.symmetric)
         stored = StoredLayer(layer.name, layer.param, layer.index, layer.transposed, packed)
@@ -73,7 +73,7 @@ def plan_head(model: Model, recipe: Recipe) -> list[StoredLayer]:
         if name is None or id(module.weight) in planned:
             continue
         shape = tuple(module.weight.shape)
-        group_size = shape[1] if recipe.target.group_size == -1 else recipe.target.group_size
+        group_size = recipe.target.layer_plan().group_of(shape[1])
         _check_groups(name, shape[1], group_size)
         packed = IntWeight.planned(shape, bits, group_size, symmetric=True)
         planned[id(module.weight)] = StoredLayer(name, f"{name}.weight", None, False, packed, embedding=True)

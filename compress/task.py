@@ -19,6 +19,10 @@ class LayerPlan:
     group_size: int = 128  # inputs that share a scale; -1: all of them
     symmetric: bool = True
 
+    def group_of(self, in_features: int) -> int:
+        """How many inputs of a layer share a scale: a layer with fewer than `group_size` is one group."""
+        return in_features if self.group_size == -1 else min(self.group_size, in_features)
+
 
 @dataclass(frozen=True)
 class LayerTask:
@@ -37,7 +41,7 @@ class LayerTask:
     @property
     def group_size(self) -> int:
         """The number of inputs that share a scale, with "per channel" resolved."""
-        return self.weight.shape[1] if self.plan.group_size == -1 else self.plan.group_size
+        return self.plan.group_of(self.weight.shape[1])
 
     def pruned(self, weight: Tensor, keep: Tensor) -> "LayerTask":
         """The task with new weights, zero where `keep` is False."""

@@ -47,7 +47,7 @@ def _prune_block(columns: Tensor, keep: Tensor, factor: Tensor, plan: LayerPlan)
     pivots = factor.diagonal()
     if plan.pattern is None:
         score = (columns / pivots.unsqueeze(1)).square_().flatten()
-        gone = score.argsort(stable=True)[: int(score.numel() * plan.sparsity)]
+        gone = score.topk(int(score.numel() * plan.sparsity), largest=False, sorted=False).indices
         keep.view(-1)[gone] = False
     errors = torch.zeros_like(columns)
     for i in range(len(columns)):

@@ -85,7 +85,9 @@ def test_quantizers(name, plan):
     assert error(replace(done, stats=task.stats)) <= error(apply("quantize", QUANTIZERS["rtn"], task)) + 1e-9
 
 
-@pytest.mark.parametrize("plan", GRIDS[::3], ids=lambda p: f"W{p.wbits}g{p.group_size}{'sym' if p.symmetric else 'asym'}")
+@pytest.mark.parametrize(
+    "plan", GRIDS[::3], ids=lambda p: f"W{p.wbits}g{p.group_size}{'sym' if p.symmetric else 'asym'}"
+)
 @pytest.mark.parametrize("pattern", [None, (2, 4)])
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 @pytest.mark.parametrize("pruner", PRUNERS)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 VOCAB = 200
 SIZES = {
@@ -71,6 +71,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def byte_tokenizer() -> Qwen2Tokenizer:
+    """One token a character of `tiny_text` and no BOS; transformers opens qwen2 folders with no other class."""
+    vocab = {"<|endoftext|>": 0} | {letter: i + 3 for i, letter in enumerate("w0123456789\u0120")}
+    return Qwen2Tokenizer(vocab=vocab, merges=[])
+
+
 def tiny_text(words: int = 4000, seed: int = 0) -> str:
     """Words with some structure: each is close to the one before."""
     generator = torch.Generator().manual_seed(seed)
@@ -81,5 +87,6 @@ def tiny_text(words: int = 4000, seed: int = 0) -> str:
 def save_tiny(folder: Path, architecture: str = "llama", **changes) -> Path:
     """A tiny model with its tokenizer, as a folder."""
     tiny_lm(architecture, **changes).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    tokenizer = byte_tokenizer() if architecture == "qwen2" else tiny_tokenizer()
+    tokenizer.save_pretrained(folder)
     return folder

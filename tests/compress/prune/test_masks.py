@@ -24,4 +24,6 @@ def test_rows_are_the_comparison_group():
 
 
 def test_of_equal_scores_the_earlier_column_goes():
-    assert keep_largest(torch.ones(1, 4), LayerPlan(sparsity=0.5, pattern=(2, 4))).tolist() == [[False, False, True, True]]
+    assert keep_largest(torch.ones(1, 4), LayerPlan(sparsity=0.5, pattern=(2, 4))).tolist() == [
+        [False, False, True, True]
+    ]

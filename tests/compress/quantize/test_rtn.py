@@ -9,7 +9,9 @@ def test_no_weight_moves_further_than_half_a_step_unless_clipped():
     task = random_task(LayerPlan(wbits=4, group_size=32, symmetric=False))
     done = quantize_layer(task, Options())
     step = done.packed.scale.float().repeat_interleave(32, 1)
-    assert ((done.weight - task.weight).abs() <= 0.5 * step + 0.6 * step).all()  # zero points are whole: half a step more
+    assert (
+        (done.weight - task.weight).abs() <= 0.5 * step + 0.6 * step
+    ).all()  # zero points are whole: half a step more
     assert ((done.weight - task.weight).abs() <= 0.5 * step + 1e-7).float().mean() > 0.9
 
 

@@ -1,0 +1,82 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compress.errors import InputError
+from compress.recipe import Recipe, read_recipe
+from compress.steps import find_steps
+
+OK = {"model": "m", "target": {"sparsity": 0.5}}
+
+
+@given(
+    st.fixed_dictionaries(
+        {"sparsity": st.floats(0.01, 0.99), "wbits": st.sampled_from([2, 3, 4, 8, 16]), "symmetric": st.booleans()}
+    ),
+    st.dictionaries(st.sampled_from(["gptq", "sparsegpt"]), st.fixed_dictionaries({"damping": st.floats(0.001, 1)})),
+)
+def test_toml_reads_back_equal(tmp_path_factory, target, options):
+    recipe = Recipe(model="m", target=target, options=options)
+    file = tmp_path_factory.mktemp("r") / "recipe.toml"
+    file.write_text(recipe.toml())
+    assert read_recipe(file, {}) == recipe
+
+
+def test_flags_override_a_file_key_by_key(tmp_path):
+    file = tmp_path / "r.toml"
+    file.write_text('model = "m"\n[target]\nsparsity = 0.5\nwbits = 4\n')
+    recipe = read_recipe(file, {"target": {"wbits": 3}})
+    assert (recipe.target.sparsity, recipe.target.wbits) == (0.5, 3)
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"target": {"sparsity": 1.0}}, r"target\.sparsity = 1\.0: should be less than 1"),
+        ({"target": {"sparsity": -0.1}}, r"target\.sparsity = -0\.1: should be greater than or equal to 0"),
+        ({"target": {"wbits": 5}}, r"target\.wbits = 5: should be 2, 3, 4, 8 or 16"),
+        ({"target": {"pattern": "4:2"}}, r"target\.pattern = '4:2': should be unstructured, or n:m"),
+        ({"target": {"pattern": "2:4", "sparsity": 0.6}}, r"pattern 2:4 removes 0\.5 of the weights"),
+        ({"target": {"group_size": 0, "wbits": 4}}, r"group_size should be -1"),
+        ({"target": {"sparsty": 0.5}}, r"there is no setting target\.sparsty"),
+        ({"target": {}}, "nothing to do"),
+        ({"target": {"wbits": 4}, "pruner": "wanda"}, "pruner wanda has nothing to do: give --sparsity or --pattern"),
+        ({"target": {"sparsity": 0.5}, "quantizer": "rtn"}, "quantizer rtn has nothing to do: give --wbits"),
+        ({"target": {"sparsity": 0.5}, "calib": {"nsamples": 0}}, r"calib\.nsamples = 0: should be greater"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line(values, line):
+    with pytest.raises(InputError, match=line) as error:
+        read_recipe(None, {"model": "m", **values})
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_is_asked_for():
+    with pytest.raises(InputError, match="model is missing"):
+        read_recipe(None, {"target": {"sparsity": 0.5}})
+
+
+def test_a_pattern_says_the_sparsity():
+    recipe = Recipe(model="m", target={"pattern": "5:16"})
+    assert recipe.target.layer_plan().sparsity == pytest.approx(11 / 16)
+    assert recipe.steps == [("prune", "sparsegpt")]
+
+
+def test_differences_name_the_keys():
+    other = Recipe(model="m", target={"sparsity": 0.5}, calib={"seed": 3}, options={"sparsegpt": {"damping": 0.1}})
+    assert Recipe(**OK).differences(other) == ["calib.seed", "options.sparsegpt.damping"]
+    assert Recipe(**OK).differences(Recipe(**OK)) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"pruner": "wnda"}, "there is no method 'wnda' to prune with; did you mean wanda"),
+        ({"options": {"sparsegpt": {"dampin": 1}}}, "sparsegpt: there is no setting dampin"),
+        ({"options": {"sparsegpt": {"damping": 7}}}, "sparsegpt: damping = 7: should be less than or equal to 1"),
+        ({"options": {"gptq": {"damping": 0.1}}}, "options for gptq, which this recipe does not use"),
+    ],
+)
+def test_methods_and_their_options_are_checked(values, line):
+    with pytest.raises(InputError, match=line):
+        find_steps(read_recipe(None, OK | values))

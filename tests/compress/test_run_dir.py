@@ -1,0 +1,91 @@
+import json
+
+import pytest
+import torch
+
+from compress.errors import InputError, RunError
+from compress.recipe import Recipe
+from compress.run_dir import Journal, RunDir
+
+RECIPE = Recipe(model="m", target={"sparsity": 0.5})
+TENSORS = {"a": torch.arange(6.0), "b": torch.ones(2, 2, dtype=torch.bfloat16)}
+
+
+@pytest.fixture
+def run(tmp_path):
+    opened = RunDir(tmp_path / "run", RECIPE, {"model": {"files": 1}})
+    yield opened
+    opened.close()
+
+
+def test_a_block_comes_back_as_it_was(run):
+    run.save("0003", TENSORS, {"version": 1}, {"weights": 7})
+    assert run.has("0003") and not run.has("0004")
+    tensors, manifest = run.restore("0003")
+    assert all(torch.equal(tensors[name], value) for name, value in TENSORS.items())
+    assert manifest == {"version": 1} and run.figures("0003") == {"weights": 7}
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "mark"])
+def test_a_damaged_block_counts_as_missing(run, damage):
+    run.save("0000", TENSORS, {}, {})
+    file = run.blocks / "0000.safetensors"
+    data = bytearray(file.read_bytes())
+    if damage == "flip":
+        data[-1] ^= 1
+        file.write_bytes(data)
+    elif damage == "truncate":
+        file.write_bytes(data[:-3])
+    elif damage == "remove":
+        file.unlink()
+    else:
+        (run.blocks / "0000.json").write_text("{")
+    assert not run.has("0000")
+    if damage != "mark":
+        assert run.journal.read()[-1]["event"] == "damaged"
+    run.save("0000", TENSORS, {}, {})
+    assert run.has("0000")
+
+
+def test_a_kill_between_data_and_mark_leaves_the_block_undone(run):
+    run.save("0000", TENSORS, {}, {})
+    (run.blocks / "0000.json").unlink()
+    assert not run.has("0000")
+
+
+def test_a_second_process_is_turned_away(run):
+    with pytest.raises(RunError, match="in use by another process"):
+        RunDir(run.path, RECIPE, {"model": {"files": 1}})
+
+
+def test_another_recipe_is_refused_naming_the_keys(run):
+    run.close()
+    other = Recipe(model="m", target={"sparsity": 0.6}, calib={"seed": 1})
+    with pytest.raises(InputError, match=r"another calib\.seed, target\.sparsity"):
+        RunDir(run.path, other, {"model": {"files": 1}})
+    RunDir(run.path, RECIPE, {"model": {"files": 1}}).close()  # the refusal let go of the lock
+
+
+def test_other_weights_under_the_same_name_are_refused(run):
+    run.close()
+    with pytest.raises(InputError, match="other weights"):
+        RunDir(run.path, RECIPE, {"model": {"files": 2}})
+
+
+def test_once_makes_once(run):
+    made = []
+    for _ in range(2):
+        tokens = run.once("tokens", lambda: made.append(1) or {"tokens": torch.arange(3)})["tokens"]
+    assert made == [1] and tokens.tolist() == [0, 1, 2]
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
+    file = tmp_path / "log.jsonl"
+    Journal(file).write(event="a")
+    with file.open("a") as log:
+        log.write('{"event": "b", "sec')
+    journal = Journal(file)
+    journal.write(event="c")
+    assert [line["event"] for line in journal.read()] == ["a", "c"]
+    assert [line["event"] for line in journal.this_sitting()] == ["c"]
+    assert json.loads(file.read_text().splitlines()[0])["time"] > 0
