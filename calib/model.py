@@ -34,6 +34,9 @@ CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 UNKNOWN = -1
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is handed after the hidden states: arguments, keywords
+Seen = tuple[Tensor, tuple[Any, ...], dict[str, Any]]  # the hidden states as well
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -131,7 +134,7 @@ class Model:
         self.folder, self.files, self.device = folder, files, device
         self.config = load_config(folder)
         self.config._experts_implementation = "eager"  # one matrix product per expert, which can be watched
-        self.dtype = dtype or self.config.dtype or torch.float32
+        self.dtype: torch.dtype = dtype or self.config.dtype or torch.float32
         self.lm = _skeleton(self.config, self.dtype)
         lists = [(n, m) for n, m in self.lm.base_model.named_modules() if isinstance(m, nn.ModuleList)]
         if not lists:
@@ -144,8 +147,8 @@ class Model:
         self.n_blocks = len(self.modules)
         self._meta = {n: t.to("meta") for n, t in self.lm.state_dict().items()}
         self._keys = self._sort_keys()
-        self.calls: dict[int, list[tuple[tuple, dict]]] = {}  # by sequence length: how each block is called
-        self.seen: list[tuple[Tensor, tuple, dict]] = []
+        self.calls: dict[int, list[Call]] = {}  # by sequence length: how each block is called
+        self.seen: list[Seen] = []
         self._checked: set[int] = set()
         self.tuple_length: int | None = UNKNOWN  # of what blocks return; None: a bare tensor
         self._load(-1)
@@ -294,7 +297,7 @@ class Model:
         finally:
             setattr(self._parent, self._slot, self.modules)
 
-    def _record_calls(self, tokens: Tensor) -> list[tuple[Tensor, tuple, dict]]:
+    def _record_calls(self, tokens: Tensor) -> list[Seen]:
         """(hidden states, further arguments, keywords) of each block's call; of the first alone until one was probed."""
         self.seen = []
         with contextlib.suppress(_SeenEnough):

@@ -1,6 +1,6 @@
 """Watch the inputs of the linear layers of one block while calibration sequences run through it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def observe(
     depend on how sequences are dealt out.
     """
     layers = [layer for layer in layers if layer.index is not None or shared[layer.name] == layer.name]
-    sequences = list(hidden) if not hasattr(hidden, "__len__") else hidden
+    sequences = hidden if isinstance(hidden, Sized) else list(hidden)
     take = -(-SAMPLE_TOKENS // len(sequences))
     sums = {layer.name: _Sums(needs, take) for layer in layers}
     with _Watch(layers, lambda layer, x: sums[layer.name].add(x)):

@@ -1,6 +1,7 @@
 """What calibration saw of one layer's input."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class LayerStats:
     x_sq: Tensor | None = None  # [in]      float32, sum of squares of each input channel
     hessian: Tensor | None = None  # [in, in] float32, sum of x xᵀ
     sample: Tensor | None = None  # [k, in]  float32, a few inputs, to measure output errors with
-    factors: dict = field(default_factory=dict, compare=False)  # factorizations already made of `hessian`
+    factors: dict[Any, tuple[Tensor, float]] = field(default_factory=dict, compare=False)  # factorizations already made of `hessian`
 
     def output_error(self, change: Tensor, weight: Tensor) -> tuple[float, str]:
         """Relative squared error of the layer's output when `weight` [out, in] moves by `change` [out, in].
@@ -28,10 +29,11 @@ class LayerStats:
         tr(Δ H Δᵀ) / tr(W H Wᵀ), and what stood for H: the Hessian, a sample of its tokens, or, without any
         calibration, the identity.
         """
-        if self.hessian is not None:
-            energy, measured = lambda w: ((w @ self.hessian) * w).sum(dtype=torch.float64), "hessian"
-        elif self.sample is not None:
-            energy, measured = lambda w: (w @ self.sample.T).square_().sum(dtype=torch.float64), "sample"
+        hessian, sample = self.hessian, self.sample
+        if hessian is not None:
+            energy, measured = lambda w: ((w @ hessian) * w).sum(dtype=torch.float64), "hessian"
+        elif sample is not None:
+            energy, measured = lambda w: (w @ sample.T).square_().sum(dtype=torch.float64), "sample"
         else:
             energy, measured = lambda w: w.square().sum(dtype=torch.float64), "weights"
         total = energy(weight).item()
@@ -47,6 +49,7 @@ def inverse_factor(stats: LayerStats, damping: float, order: Tensor | None = Non
 
     Raises RunError if even a damping of the mean diagonal itself does not make it positive definite.
     """
+    assert stats.hessian is not None  # the method's NEEDS asks for it
     key = (damping, None if order is None else tuple(order.tolist()))
     if key not in stats.factors:
         stats.factors[key] = _factorize(stats.hessian, damping, order)

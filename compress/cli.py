@@ -12,7 +12,7 @@ from compress import __version__
 from compress.errors import CompressError, InputError, RunError
 
 INTERRUPTED = 130  # what a shell reports of a process ended by Ctrl-C
-USAGE_ERROR = typer.BadParameter.__base__  # typer brings a click of its own
+USAGE_ERROR: Any = typer.BadParameter.__base__  # typer brings a click of its own
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
@@ -248,7 +248,8 @@ def _show(report: Any, as_json: bool) -> None:
     else:
         from rich.console import Console
 
-        Console(highlight=False).print(*report.tables, sep="\n")
+        wide = None if sys.stdout.isatty() else 160  # a file or a pipe has no edge to wrap at
+        Console(highlight=False, width=wide).print(*report.tables, sep="\n")
 
 
 def main() -> None:

@@ -119,7 +119,8 @@ def doctor_command() -> Report:
 
 def methods_command() -> Report:
     """`compress methods`."""
-    data, tables = [], []
+    data: list[dict[str, Any]] = []
+    tables: list[Any] = []
     for stage in VERBS:
         rows = []
         for name, module in methods(stage).items():

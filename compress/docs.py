@@ -19,7 +19,7 @@ def methods_page() -> str:
     for stage in VERBS:
         parts += [f"## {STAGES[stage]}", ""]
         for name, module in methods(stage).items():
-            parts += [f"### `{name}`", "", module.__doc__.strip(), ""]
+            parts += [f"### `{name}`", "", (module.__doc__ or "").strip(), ""]
             if module.NEEDS:
                 parts += [f"Statistics it reads: {', '.join(f'`{need}`' for need in sorted(module.NEEDS))}.", ""]
             for key, field in module.Options.model_fields.items():
@@ -33,7 +33,7 @@ def methods_table() -> str:
     rows = ["| | method | what it does |", "|---|---|---|"]
     for stage in VERBS:
         for name, module in methods(stage).items():
-            about = module.__doc__.strip().splitlines()[0].partition(": ")[2]
+            about = (module.__doc__ or "").strip().splitlines()[0].partition(": ")[2]
             rows.append(f"| {STAGES[stage].lower()} | `{name}` | {about} |")
     return "\n".join(rows)
 

@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ def estimate(recipe: Recipe, folder: Path, out: Path, device: str) -> Report:
     seconds = _seconds(model, layers, recipe, needs)
     memory = _memory(model, layers, recipe, needs)
     free = shutil.disk_usage(_existing(out)).free
-    data = {
+    data: dict[str, Any] = {
         "steps": [step.name for step in steps],
         "format": format_name,
         "dense_bytes": dense_bytes(model),
@@ -61,9 +62,9 @@ def estimate(recipe: Recipe, folder: Path, out: Path, device: str) -> Report:
     return Report(data, [_plan_table(layers), "", table("", ["", ""], rows)])
 
 
-def _plan_table(layers: list[PlannedLayer]) -> object:
+def _plan_table(layers: list[PlannedLayer]) -> Any:
     """The layers of one kind as a row, if they share a plan."""
-    kinds: dict[tuple, int] = {}
+    kinds: dict[tuple[str, ...], int] = {}
     for layer in layers:
         plan = layer.plan
         pattern = "unstructured" if plan.pattern is None else f"{plan.pattern[0]}:{plan.pattern[1]}"

@@ -32,7 +32,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file aside, sync it, and rename it to `path`: a reader sees the old one or the whole new one."""
     aside = path.with_name(path.name + PARTIAL)
     with disk_errors(path):
@@ -57,7 +57,7 @@ def sync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file."""
-    replace_file(path, lambda aside: aside.write_text(text, encoding="utf-8") and None)
+    replace_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -108,7 +108,7 @@ def read_gguf(path: Path) -> GgufFile:
 
 def _parse(path: Path, data: np.ndarray) -> GgufFile:
     """Walk the header once."""
-    cursor = _Cursor(memoryview(data))
+    cursor = _Cursor(data.data)
     cursor.at = 4
     version, tensors, keys = cursor.take("IQQ")
     if version not in (2, 3):

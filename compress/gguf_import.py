@@ -12,12 +12,12 @@ import gguf
 import numpy as np
 import torch
 from filelock import FileLock
-from torch import nn
 from transformers import (
     TOKENIZER_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers import __version__ as transformers_version
@@ -96,7 +96,7 @@ def _convert(file: GgufFile, folder: Path, progress: Progress | None) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _skeleton(file: GgufFile, config: PreTrainedConfig) -> nn.Module:
+def _skeleton(file: GgufFile, config: PreTrainedConfig) -> PreTrainedModel:
     """The model on the meta device."""
     try:
         with torch.device("meta"):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers import __version__ as transformers_version
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
@@ -29,7 +30,7 @@ READ_INTO_CONFIG = {"rope_freqs.weight"}  # tensors that are no weights
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
 
 
-def write_weights(file: GgufFile, model: nn.Module, path: Path, progress: Progress | None = None) -> None:
+def write_weights(file: GgufFile, model: PreTrainedModel, path: Path, progress: Progress | None = None) -> None:
     """Write every tensor of `model` (a skeleton on the meta device) from `file` to `path`, in the file's dtype.
 
     Raises InputError if the file holds a tensor the model has no place for, or lacks one it needs: transformers would
@@ -49,7 +50,7 @@ def write_weights(file: GgufFile, model: nn.Module, path: Path, progress: Progre
                         f"{file.path} holds {tensor.name} as {list(value.shape)}, not {list(wanted[name].shape)}"
                     )
                 out.seek(places[name])
-                out.write(memoryview(value.contiguous().view(torch.uint8).reshape(-1).numpy()))
+                out.write(value.contiguous().view(torch.uint8).reshape(-1).numpy().data)
                 missing.discard(name)
             if progress:
                 progress(done, len(file.tensors))
@@ -83,7 +84,7 @@ def _write_header(out: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> d
 class _Conversion:
     """From tensors as llama.cpp stores them to tensors as the model names and shapes them."""
 
-    def __init__(self, file: GgufFile, model: nn.Module):
+    def __init__(self, file: GgufFile, model: PreTrainedModel):
         self.dtype = file.dtype()
         self.processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=model.config.to_dict())
         self.names: dict[str, str] = get_gguf_hf_weights_map(model, self.processor)
@@ -112,6 +113,7 @@ class _Conversion:
             yield self.names[name], value
             return
         target = self._target(tensor.name)
+        assert target is not None  # __init__ refuses a file with such a tensor
         self.parts[target] -= 1
         if not self.parts[target]:
             yield target, self.merged.pop(target).to(self.dtype)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def compress(recipe: Recipe, folder: Path, out: Path, reporter: Reporter, device
         work = Work(model, steps, {layer.name: layer for layer in layers}, run, recipe.sequential)
         compress_blocks(work, _tokens(work, recipe, reporter) if work.needs else None, reporter)
 
-        result = {"checkpoint": str(out), "format": format_name, "dense_bytes": dense_bytes(model)}
+        result: dict[str, Any] = {"checkpoint": str(out), "format": format_name, "dense_bytes": dense_bytes(model)}
         result |= {"parameters": n_parameters(model), **_totals(work)}
         saving = time.monotonic()
         saver = Saver(out, format_name, model, recipe)
@@ -152,7 +153,7 @@ def _round_rows(model: Model, planned: StoredLayer) -> StoredLayer:
         None,
         **wanted.description(),
     )
-    return StoredLayer(planned.name, planned.param, None, False, packed, embedding=True)
+    return replace(planned, packed=packed)
 
 
 def _row_parts(weight: IntWeight) -> Iterator[tuple[slice, IntWeight]]:

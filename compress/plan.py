@@ -68,7 +68,8 @@ def plan_head(model: Model, recipe: Recipe) -> list[StoredLayer]:
     if bits == 16:
         return []
     planned = {}
-    for module in (model.lm.get_input_embeddings(), model.lm.get_output_embeddings()):
+    embeddings = model.lm.get_input_embeddings()
+    for module in (embeddings, model.lm.get_output_embeddings()):
         name = next((n for n, m in model.lm.named_modules() if m is module), None)
         if name is None or id(module.weight) in planned:
             continue
@@ -76,7 +77,7 @@ def plan_head(model: Model, recipe: Recipe) -> list[StoredLayer]:
         group_size = recipe.target.layer_plan().group_of(shape[1])
         _check_groups(name, shape[1], group_size)
         packed = IntWeight.planned(shape, bits, group_size, symmetric=True)
-        planned[id(module.weight)] = StoredLayer(name, f"{name}.weight", None, False, packed, embedding=True)
+        planned[id(module.weight)] = StoredLayer(name, f"{name}.weight", None, False, packed, module is embeddings)
     return list(planned.values())
 
 

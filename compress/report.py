@@ -1,5 +1,6 @@
 """What a command has to say: data for machines, tables for people."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ class Report:
     """`data` is JSON-able; `tables` say the same to a reader."""
 
     data: Any
-    tables: list[RenderableType]
+    tables: Sequence[RenderableType]
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:

@@ -68,5 +68,12 @@ def find_steps(recipe: Recipe) -> list[Step]:
         method = find_method(stage, name)
         options = find_options(stage, name, recipe.options.get(name, {}))
         verb = getattr(method, VERBS[stage])
-        steps.append(Step(stage, name, frozenset(method.NEEDS), options, lambda t, v=verb, o=options: v(t, o)))
+        steps.append(Step(stage, name, frozenset(method.NEEDS), options, _bound(verb, options)))
     return steps
+
+
+def _bound(
+    verb: Callable[[LayerTask, MethodOptions], LayerTask], options: MethodOptions
+) -> Callable[[LayerTask], LayerTask]:
+    """A method's verb with its options filled in."""
+    return lambda task: verb(task, options)

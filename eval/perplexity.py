@@ -1,9 +1,11 @@
 """Perplexity of a streamed model over windows of tokens."""
 
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,22 +35,30 @@ def perplexity(model: Model, windows: Tensor, on_step: Callable[[], None] = lamb
     Raises RunError if the likelihood is not finite.
     """
     started = time.monotonic()
-    hidden = HiddenStates(model.embed(windows[0]), len(windows))
+    with tempfile.TemporaryDirectory() as folder:
+        total = _nll(model, windows, on_step, Path(folder))
+    if not math.isfinite(total):
+        raise RunError(f"{model.folder} gives logits that are not finite: its weights are damaged")
+    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    nll = total / tokens
+    return Perplexity(math.exp(min(nll, 700.0)), nll, tokens, time.monotonic() - started)
+
+
+def _nll(model: Model, windows: Tensor, on_step: Callable[[], None], folder: Path) -> float:
+    """Negative log-likelihood of all scored tokens, in nats; hidden states that are too many go to a file in `folder`."""
+    hidden = HiddenStates(model.embed(windows[0]), len(windows), folder)
     for index, window in enumerate(windows):
         hidden[index] = model.embed(window)
     for block in model.blocks():
         for index in range(len(hidden)):
             hidden[index] = block(hidden[index])
         on_step()
-    total, tokens = 0.0, 0
+    total = 0.0
     for index, window in enumerate(windows):
         total += _window_nll(model, hidden[index], window.to(model.device))
-        tokens += len(window) - 1
         on_step()
-    if not math.isfinite(total):
-        raise RunError(f"{model.folder} gives logits that are not finite: its weights are damaged")
-    nll = total / tokens
-    return Perplexity(math.exp(min(nll, 700.0)), nll, tokens, time.monotonic() - started)
+    hidden.close()
+    return total
 
 
 def _window_nll(model: Model, hidden: Tensor, window: Tensor) -> float:

@@ -4,6 +4,7 @@ import json
 import shutil
 import tomllib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Saver:
         for name, tensor in dense.items():
             self.writer.add(name, tensor)
         for layer in contents.layers:
+            assert self.format is not None  # choose_format: dense is for runs without a packed layer
             for name, tensor in self.format.layer_tensors(layer, self.model.dtype).items():
                 self.writer.add(name, tensor)
             shape, weight = (layer.packed.out_features, layer.packed.in_features), layer.packed
@@ -53,7 +55,7 @@ class Saver:
         for pattern in ALONG:
             for file in self.model.folder.glob(pattern):
                 if file.name not in NOT_ALONG:
-                    replace_file(self.out / file.name, lambda aside, file=file: shutil.copyfile(file, aside) and None)
+                    replace_file(self.out / file.name, partial(shutil.copyfile, file))
         write_text(self.out / "recipe.toml", self.recipe.toml())
         config = self._config()
         if self.format is not None:

@@ -10,6 +10,7 @@ from compress.files import disk_errors, sync, write_json, write_tensors
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+SHARD_BYTES = 500_000_000  # what is held in memory until it is written; small, as memory is what we save
 ASIDE = "model-{:05d}.new"  # no reader takes a file of this name for weights
 
 
@@ -20,7 +21,7 @@ class ShardWriter:
     as it was. A folder counts as a checkpoint by its config.json, which the caller writes after `finish`.
     """
 
-    def __init__(self, folder: Path, max_shard_bytes: int = 5_000_000_000):
+    def __init__(self, folder: Path, max_shard_bytes: int = SHARD_BYTES):
         folder.mkdir(parents=True, exist_ok=True)
         for left in [*folder.glob("model-*.new"), *folder.glob("model-*.new.partial")]:
             left.unlink()  # of a killed writer

@@ -17,5 +17,6 @@ class Options(MethodOptions):
 
 def prune_layer(task: LayerTask, options: Options) -> LayerTask:
     """Prune one layer to its plan's sparsity or pattern."""
+    assert task.stats.x_sq is not None  # NEEDS asks for it
     score = task.weight.abs() * task.stats.x_sq.sqrt()
     return task.pruned(task.weight, keep_largest(score, task.plan))

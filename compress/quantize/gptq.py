@@ -31,6 +31,7 @@ class Options(MethodOptions):
 def quantize_layer(task: LayerTask, options: Options) -> LayerTask:
     """Quantize one layer to its plan's bits and groups. Pruned weights stay exactly zero."""
     plan, hessian = task.plan, task.stats.hessian
+    assert hessian is not None  # NEEDS asks for it
     groups = task.weight.unflatten(1, (-1, task.group_size))
     importance = hessian.diagonal().unflatten(0, (-1, task.group_size))
     grid = Grid.fit(groups, plan.wbits, plan.symmetric, task.dtype, importance, options.shrink_steps)
