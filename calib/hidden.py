@@ -1,10 +1,13 @@
 """Hidden states of all calibration sequences between two blocks."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from compress.errors import RunError
 
 MEMORY_LIMIT = 4 * 2**30  # bytes; larger stores go to a memory-mapped file
 
@@ -12,7 +15,8 @@ MEMORY_LIMIT = 4 * 2**30  # bytes; larger stores go to a memory-mapped file
 class HiddenStates:
     """One [1, seqlen, hidden_size] tensor a sequence, overwritten as the blocks go by.
 
-    Kept in memory up to `limit` bytes, beyond that in a memory-mapped file in `folder`, which is removed at the end.
+    Kept in memory up to `limit` bytes, beyond that in a memory-mapped file in `folder` that goes with the process.
+    Raises RunError if there is no room for it.
     """
 
     def __init__(self, first: Tensor, nsamples: int, folder: Path | None = None, limit: int = MEMORY_LIMIT):
@@ -22,7 +26,11 @@ class HiddenStates:
         if folder is not None and size * first.element_size() > limit:
             folder.mkdir(parents=True, exist_ok=True)
             self.file = folder / "hidden_states.bin"
-            flat = torch.from_file(str(self.file), shared=True, size=size, dtype=first.dtype)
+            try:
+                _reserve(self.file, size * first.element_size())
+                flat = torch.from_file(str(self.file), shared=True, size=size, dtype=first.dtype)
+            finally:
+                self.file.unlink(missing_ok=True)  # the mapping keeps it; whatever ends the process frees the space
             self._store = flat.view(shape)
         else:
             self._store = torch.empty(shape, dtype=first.dtype)
@@ -43,5 +51,15 @@ class HiddenStates:
     def close(self) -> None:
         """Drop the states and their file."""
         del self._store
-        if self.file is not None:
-            self.file.unlink(missing_ok=True)
+
+
+def _reserve(file: Path, size: int) -> None:
+    """Make a file of `size` bytes that the disk has: a full disk would end the process where a mapping is written."""
+    with file.open("wb") as opened:
+        try:
+            os.posix_fallocate(opened.fileno(), 0, size)
+        except OSError as error:
+            raise RunError(
+                f"{file} needs {size / 2**30:.1f} GiB for hidden states ({error.strerror}): free some space, or use "
+                "fewer --nsamples; everything finished is kept"
+            ) from error

@@ -5,6 +5,7 @@ ModuleList of the model, and how each is called is recorded from the model's own
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +28,13 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
 
 from compress.calib.weight_files import WeightFiles
-from compress.errors import InputError, RunError
+from compress.errors import InputError
 
 ROUTERS = ("gate", "router", "shared_expert_gate")  # small layers that choose experts: they stay dense
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 UNKNOWN = -1
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # to compute in, as files spell them
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is handed after the hidden states: arguments, keywords
 Seen = tuple[Tensor, tuple[Any, ...], dict[str, Any]]  # the hidden states as well
@@ -134,9 +136,12 @@ class Model:
         self.folder, self.files, self.device = folder, files, device
         self.config = load_config(folder)
         self.config._experts_implementation = "eager"  # one matrix product per expert, which can be watched
-        self.dtype: torch.dtype = dtype or self.config.dtype or torch.float32
+        stored = (DTYPES[entry.dtype] for entry in files.entries.values() if entry.dtype in DTYPES)
+        self.dtype: torch.dtype = dtype or self.config.dtype or next(stored, torch.float32)
+        if self.dtype not in DTYPES.values():
+            raise InputError(f"config.json of {folder} says dtype {self.dtype}: set bfloat16, float16 or float32")
         self.lm = _skeleton(self.config, self.dtype)
-        lists = [(n, m) for n, m in self.lm.base_model.named_modules() if isinstance(m, nn.ModuleList)]
+        lists = [(n, m) for n, m in self.lm.base_model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
         if not lists:
             raise InputError(f"{self.config.model_type}: found no list of transformer blocks in this architecture")
         name, self.modules = max(lists, key=lambda pair: len(pair[1]))
@@ -146,6 +151,7 @@ class Model:
         self._parent = self.lm.base_model.get_submodule(parent)
         self.n_blocks = len(self.modules)
         self._meta = {n: t.to("meta") for n, t in self.lm.state_dict().items()}
+        self.unused: list[str] = []  # tensors of the files that the model has no place for
         self._keys = self._sort_keys()
         self.calls: dict[int, list[Call]] = {}  # by sequence length: how each block is called
         self.seen: list[Seen] = []
@@ -162,13 +168,20 @@ class Model:
         mapping = get_model_conversion_mapping(self.lm)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        ignored = self.lm._keys_to_ignore_on_load_unexpected or ()
         keys: dict[int, list[str]] = {index: [] for index in range(-1, self.n_blocks)}
         for key in self.files.names():
             name, _ = rename_source_key(key, renamings, converters, self.lm.base_model_prefix, self._meta)
             if name not in self._meta and key in self._meta:
                 name = key
             number = name.removeprefix(self.path + ".").partition(".")[0] if name.startswith(self.path + ".") else "-1"
-            keys[int(number)].append(key) if int(number) < self.n_blocks else None  # extra blocks: multi-token heads
+            if name not in self._meta and not any(re.search(pattern, name) for pattern in ignored):
+                self.unused.append(key)  # such as a block for predicting several tokens at once
+            if int(number) < self.n_blocks:
+                keys[int(number)].append(key)
+        if empty := [index for index in range(self.n_blocks) if not keys[index]]:
+            wanted = f"config.json says {self.n_blocks} blocks"
+            raise InputError(f"{self.folder} holds nothing of block {empty[0]}, but {wanted}: download it again")
         return keys
 
     def _load(self, index: int) -> None:
@@ -249,8 +262,9 @@ class Model:
         if not hasattr(self, "_tokenizer"):
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
-            except (OSError, ValueError, KeyError) as error:
-                raise InputError(f"{self.folder} has no tokenizer that loads: {_first_line(error)}") from error
+            except Exception as error:  # a damaged file meets whatever the tokenizer's class does with it first
+                reason = f"its tokenizer does not load ({_first_line(error)})"
+                raise InputError(f"{self.folder}: {reason}: restore it") from error
         return self._tokenizer
 
     def linear_names(self) -> list[str]:
@@ -265,6 +279,8 @@ class Model:
 
         The first call of each sequence length records how the model calls its blocks.
         """
+        if (top := int(tokens.max())) >= (rows := len(self.lm.get_input_embeddings().weight)):
+            raise InputError(f"{self.folder}: its tokenizer gave token {top} of {rows} embeddings: restore its files")
         if self.tuple_length == UNKNOWN:
             self.tuple_length = self._probe_block(tokens)
         seen = self._record_calls(tokens)
@@ -294,6 +310,8 @@ class Model:
         setattr(self._parent, self._slot, nn.ModuleList(stand_ins))
         try:
             return self.lm(tokens.to(self.device), use_cache=False)
+        except IndexError as error:  # a table of learned positions has come to its end
+            raise InputError(f"{self.folder} cannot take {tokens.shape[1]} tokens at once: lower --seqlen") from error
         finally:
             setattr(self._parent, self._slot, self.modules)
 
@@ -334,8 +352,9 @@ def _skeleton(config: transformers.PretrainedConfig, dtype: torch.dtype) -> tran
             lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except ValueError as error:
         raise InputError(f"{config.model_type} is not a causal language model: {_first_line(error)}") from error
-    except (TypeError, RuntimeError, ArithmeticError, KeyError) as error:
-        raise RunError(f"config.json does not make a {config.model_type} model: {_first_line(error)}") from error
+    except (TypeError, RuntimeError, ArithmeticError, KeyError, IndexError) as error:
+        reason = f"config.json makes no {config.model_type} model ({_first_line(error)})"
+        raise InputError(f"{reason}: restore it") from error
     return lm.eval().requires_grad_(False)
 
 

@@ -61,7 +61,7 @@ def observe(
     with _Watch(layers, lambda layer, x: sums[layer.name].add(x)):
         for sequence in sequences:
             block(sequence)
-    seen = {layer.name: sums.pop(layer.name).finish(layer.shape[1]) for layer in layers}
+    seen = {layer.name: sums.pop(layer.name).finish(layer) for layer in layers}
     return seen | {name: seen[first] for name, first in shared.items() if first in seen}
 
 
@@ -91,12 +91,13 @@ class _Sums:
                 stop = min(start + PANEL, x.shape[1])
                 self.hessian[start:stop, :stop] += x[:, start:stop].T @ x[:, :stop]
 
-    def finish(self, in_features: int) -> LayerStats:
+    def finish(self, layer: Layer) -> LayerStats:
         if not self.n_tokens:
+            noise = torch.eye(layer.shape[1], device=layer.stored.device)
             return LayerStats(
                 n_tokens=0,
-                x_sq=torch.ones(in_features) if "x_sq" in self.needs else None,
-                hessian=torch.eye(in_features) if "hessian" in self.needs else None,
+                x_sq=noise.diagonal().clone() if "x_sq" in self.needs else None,
+                hessian=noise if "hessian" in self.needs else None,
             )
         return LayerStats(
             n_tokens=self.n_tokens,

@@ -4,6 +4,7 @@ After LLM-QAT (Liu et al., arXiv:2305.17888, section 3.1). Costs a generation of
 model in memory.
 """
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,8 @@ def self_generated_windows(
     is left out of the window. The end of a text is never sampled, so that every window is full.
     Raises RunError if the weights do not fit in the memory that is free, InputError if nothing can start a text.
     """
+    if "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        raise InputError(f"{folder} is packed, and --calib self runs dense models only: use builtin or a text file")
     _check_memory(folder)
     bos = bos_token_id(tokenizer)
     start = bos if bos is not None else tokenizer.eos_token_id

@@ -21,7 +21,13 @@ class LayerStats:
     x_sq: Tensor | None = None  # [in]      float32, sum of squares of each input channel
     hessian: Tensor | None = None  # [in, in] float32, sum of x xᵀ
     sample: Tensor | None = None  # [k, in]  float32, a few inputs, to measure output errors with
-    factors: dict[Any, tuple[Tensor, float]] = field(default_factory=dict, compare=False)  # factorizations already made of `hessian`
+    factors: dict[Any, tuple[Tensor, float]] = field(default_factory=dict, compare=False)  # already made of `hessian`
+
+    @property
+    def finite(self) -> bool:
+        """Whether every input was a finite number; NaN and infinity reach the sums and the Hessian's diagonal."""
+        sums = (self.x_sq, None if self.hessian is None else self.hessian.diagonal())
+        return all(bool(torch.isfinite(each).all()) for each in sums if each is not None)
 
     def output_error(self, change: Tensor, weight: Tensor) -> tuple[float, str]:
         """Relative squared error of the layer's output when `weight` [out, in] moves by `change` [out, in].
@@ -61,19 +67,18 @@ def _factorize(hessian: Tensor, damping: float, order: Tensor | None) -> tuple[T
     if not torch.isfinite(diagonal).all():
         raise RunError("the calibration inputs of a layer hold NaN or infinity: check the model's weights and the data")
     mean = diagonal.mean().item()
-    dead = diagonal == 0
+    order = torch.arange(len(hessian), device=hessian.device) if order is None else order
+    backwards = order.flip(0)
     while damping <= 1.0:
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean).masked_fill_(dead, max(mean, 1e-30))
-        if order is not None:
-            damped = damped[order][:, order]
-        # H = R Rᵀ with R upper, from a Cholesky factor of H taken backwards; then H⁻¹ = R⁻ᵀ R⁻¹ and U = R⁻¹. Half the
-        # work of inverting H and factorizing again, and nothing but H has to be positive definite.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        # H = R Rᵀ with R upper comes from a Cholesky factor of H taken backwards; then H⁻¹ = R⁻ᵀ R⁻¹ and U = R⁻¹. Half
+        # the work of inverting H and factorizing again, and nothing but H has to be positive definite.
+        damped = hessian[backwards][:, backwards]
+        damped.diagonal().add_(damping * mean).masked_fill_(diagonal[backwards] == 0, max(mean, 1e-30))
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-            factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-            if torch.isfinite(factor).all():
-                return factor, damping
+            inverse = damped.zero_().fill_diagonal_(1.0)
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            if torch.isfinite(inverse).all():
+                return inverse.flip(0, 1), damping
         damping *= 10
     raise RunError("a layer's Hessian is not positive definite even with full damping: use more calibration samples")

@@ -63,19 +63,12 @@ def read_text(source: str, part: Part = "calibration", seed: int | None = None) 
     half of a source that has two. Documents of a hub data set are streamed.
     Raises InputError if the source is unknown, unreadable or out of reach, naming what to use instead.
     """
+    check_source(source, part)
     if source == "builtin":
         return builtin_text.calibration_text() if part == "calibration" else builtin_text.evaluation_text()
-    if source == "self":
-        raise InputError(
-            "self is text that a model samples to be calibrated with: to measure, give a text file or builtin"
-        )
     if source in DATASETS:
         return _hub_text(source, DATASETS[source], part, seed)
     path = Path(source).expanduser()
-    if path.suffix.lower() not in ENDINGS:
-        raise InputError(f"no text source {source}: use {', '.join(DATASETS)}, builtin, or a {', '.join(ENDINGS)} file")
-    if not path.is_file():
-        raise InputError(f"no file {path}: check the path, or use builtin, which needs no file")
     if path.suffix.lower() == ".txt":
         return _plain(path)
     documents = _documents(_json_rows(path) if path.suffix.lower() == ".jsonl" else _parquet_rows(path), str(path))
@@ -84,6 +77,25 @@ def read_text(source: str, part: Part = "calibration", seed: int | None = None) 
     shuffled = list(documents)
     random.Random(seed).shuffle(shuffled)
     return shuffled
+
+
+def check_source(source: str, part: Part = "calibration") -> None:
+    """Raise InputError if a source is unknown, is a file that is not there, or has no such part. Reads nothing."""
+    if source == "builtin":
+        return
+    if source == "self":
+        raise InputError(
+            "self is text that a model samples to be calibrated with: to measure, give a text file or builtin"
+        )
+    if source in DATASETS:
+        if part == "evaluation" and DATASETS[source].evaluation is None:
+            raise InputError(f"{source} has no held-out part to measure on: use wikitext2, ptb, builtin or a text file")
+        return
+    path = Path(source).expanduser()
+    if path.suffix.lower() not in ENDINGS:
+        raise InputError(f"no text source {source}: use {', '.join(DATASETS)}, builtin, or a {', '.join(ENDINGS)} file")
+    if not path.is_file():
+        raise InputError(f"no file {path}: check the path, or use builtin, which needs no file")
 
 
 def _plain(path: Path) -> str:
@@ -100,12 +112,12 @@ def _plain(path: Path) -> str:
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a .jsonl file."""
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
             except ValueError as error:
                 raise InputError(f"line {number} of {path} is not JSON ({error}): mend or remove it") from error
             if not isinstance(row, dict):
@@ -157,8 +169,7 @@ def _rendered(value: Any) -> str:
 def _hub_text(name: str, text: HubText, part: Part, seed: int | None) -> str | Iterable[str]:
     """A hub data set's running text, or a stream of its documents."""
     split = text.calibration if part == "calibration" else text.evaluation
-    if split is None:
-        raise InputError(f"{name} has no held-out part to measure on: use wikitext2, ptb, builtin or a text file")
+    assert split is not None  # check_source
     rows = _hub_rows(name, text.repository, {**text.shared, **split, "streaming": text.joined_by is None}, seed)
     if text.joined_by is None:
         return _documents(rows, name)

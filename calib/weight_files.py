@@ -87,7 +87,7 @@ def _shards(folder: Path) -> list[Path]:
             f"{folder} holds pickled weights only ({pickled[0].name}), which can run code when loaded: "
             "convert them with transformers' save_pretrained, or find a safetensors copy"
         )
-    raise InputError(f"{folder} holds no model.safetensors")
+    raise InputError(f"{folder} holds no model.safetensors: restore or download it again")
 
 
 def _header(file: Path) -> dict[str, Entry]:

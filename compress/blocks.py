@@ -129,7 +129,13 @@ def _compress_layer(work: Work, layer: Layer, stats: LayerStats) -> tuple[LayerT
     """One layer through every step, with a line in the journal for each. Returns it with its relative output error."""
     weight = layer.weight.float().contiguous()
     if not torch.isfinite(weight).all():
-        raise RunError(f"{layer.name} holds NaN or infinity as it came: the model's files are damaged")
+        range_ = ", or its weights do not fit float16: use --dtype bfloat16" * (work.model.dtype == torch.float16)
+        raise RunError(f"{layer.name} holds NaN or infinity as it came: the model's files are damaged{range_}")
+    if not stats.finite:
+        raise RunError(
+            f"the inputs of {layer.name} hold NaN or infinity: weights before it are damaged, or too large for "
+            f"{str(work.model.dtype).removeprefix('torch.')} (--dtype float32)"
+        )
     task = LayerTask(layer.name, weight, weight, stats, work.plans[layer.name].plan, work.model.dtype)
     if work.needs and not stats.n_tokens:
         task = task.noted(

@@ -107,7 +107,7 @@ def run(
         str | None,
         typer.Option("--eval", metavar="TEXT", help="Then measure perplexity, dense and compressed, on this text."),
     ] = None,
-    eval_windows: Annotated[int, typer.Option(help="Windows of --eval.")] = 32,
+    eval_windows: Annotated[int, typer.Option(min=1, help="Windows of --eval.")] = 32,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan, size, memory and time, and do nothing.")
     ] = False,
@@ -125,7 +125,7 @@ def run(
     from compress.commands import run_command
 
     read = _recipe(recipe, flags)
-    target = out or Path(f"{Path(read.model).name.removesuffix('.gguf')}-compressed")
+    target = out or _beside(read.model)
     result = run_command(read, target, evaluate, eval_windows, dry_run, device)
     _show(result, as_json)
 
@@ -139,8 +139,8 @@ def eval(
             "--ppl", help="wikitext2, ptb, builtin, or a text file; may be repeated.", show_default="wikitext2"
         ),
     ] = None,
-    seqlen: Annotated[int, typer.Option(help="Tokens a window, its BOS included.")] = 2048,
-    max_windows: Annotated[int | None, typer.Option(help="Only the first windows of each text.")] = None,
+    seqlen: Annotated[int, typer.Option(min=2, help="Tokens a window, its BOS included.")] = 2048,
+    max_windows: Annotated[int | None, typer.Option(min=1, help="Only the first windows of each text.")] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -166,7 +166,7 @@ def bench(
     calib: Annotated[str, typer.Option(help="Calibration text.")] = "c4",
     nsamples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
     seqlen: Annotated[int, typer.Option(help="Tokens a sequence and a window.")] = 512,
-    max_windows: Annotated[int, typer.Option(help="Windows of the text.")] = 32,
+    max_windows: Annotated[int, typer.Option(min=1, help="Windows of the text.")] = 32,
     only: Annotated[
         list[str] | None, typer.Option(help="Names of the settings to run; may be repeated.", show_default="all")
     ] = None,
@@ -211,6 +211,14 @@ def doctor(as_json: Json = False) -> None:
     _show(doctor_command(), as_json)
 
 
+def _beside(model: str) -> Path:
+    """Where the checkpoint goes without --out: MODEL-compressed in the current folder."""
+    name = Path(model).name
+    if name in ("", ".."):  # "." has no name of its own
+        name = Path(model).resolve().name
+    return Path(f"{name.removesuffix('.gguf')}-compressed")
+
+
 def _settings(pairs: list[str]) -> dict[str, dict[str, Any]]:
     """`gptq.damping=0.05` as nested options; values are read as TOML where they can be."""
     import tomllib
@@ -219,7 +227,7 @@ def _settings(pairs: list[str]) -> dict[str, dict[str, Any]]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         method, dot, name = key.partition(".")
-        if not (equals and dot and name):
+        if not (equals and method and dot and name):
             raise InputError(f"--set {pair}: write METHOD.KEY=VALUE, such as gptq.damping=0.05")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
@@ -249,7 +257,7 @@ def _show(report: Any, as_json: bool) -> None:
         from rich.console import Console
 
         wide = None if sys.stdout.isatty() else 160  # a file or a pipe has no edge to wrap at
-        Console(highlight=False, width=wide).print(*report.tables, sep="\n")
+        Console(highlight=False, markup=False, emoji=False, width=wide).print(*report.tables, sep="\n")
 
 
 def main() -> None:
@@ -280,5 +288,8 @@ def _line(error: Exception) -> tuple[int, str]:
     if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error).lower():
         mend = "use fewer or shorter --nsamples/--seqlen, or a machine with more memory; finished blocks are kept"
         return RunError.exit_code, f"out of memory: {mend}"
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return RunError.exit_code, f"the system says {error.strerror.lower()}{where} (--debug shows where)"
     first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
     return RunError.exit_code, f"unexpected {type(error).__name__}: {first} (--debug shows where; please report it)"

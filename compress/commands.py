@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from compress.calib.texts import check_source
 from compress.checkpoint.save import write_card
 from compress.doctor import doctor
 from compress.errors import InputError
@@ -26,7 +27,7 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()  # "meta" can make it, but has no value
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"there is no device {name!r} here: use --device cpu") from error
     return name
@@ -50,16 +51,29 @@ def run_command(recipe: Recipe, out: Path, text: str | None, windows: int, dry_r
     """`compress run`: compress, then measure dense and compressed if asked."""
     reporter, device = Reporter(), pick_device(device)
     folder = find_model(recipe.model, recipe.revision, reporter)
+    _check_out(out, folder)
+    if text is not None:
+        check_source(text, "evaluation")  # not after hours of work
     if dry_run:
         return estimate(recipe, folder, out, device)
-    if out.resolve() == folder.resolve():
-        raise InputError(f"--out {out} is the model itself: choose another folder")
     result = compress(recipe, folder, out, reporter, device)
     if text is not None:
         result = _with_perplexity(result, folder, out, (text, recipe.calib.seqlen, windows), reporter, device)
     said = notes(Journal(out / "run" / "log.jsonl").read())
     closing = f"\nCheckpoint in {out}. Look into it with: compress inspect {out}"
     return Report(result, [_run_table(result), *said, closing])
+
+
+def _check_out(out: Path, folder: Path) -> None:
+    """Raise InputError for an --out that cannot be a folder, or is one whose model would be overwritten."""
+    if out.resolve() == folder.resolve():
+        raise InputError(f"--out {out} is the model itself: choose another folder")
+    there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists() or p.is_symlink())
+    if not there.is_dir():
+        raise InputError(f"--out {out} cannot be made, since {there} is no folder: choose another")
+    ours = (out / "recipe.toml").exists() or (out / "run").exists()
+    if not ours and any([*out.glob("config.json"), *out.glob("*.safetensors")]):
+        raise InputError(f"--out {out} holds a model that compress did not write: choose another folder")
 
 
 def _with_perplexity(

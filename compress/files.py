@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from compress.errors import RunError
 
 PARTIAL = ".partial"
+UNWRITABLE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EFBIG, errno.EIO)
 
 
 @contextlib.contextmanager
@@ -29,6 +31,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise RunError(f"may not write {path}: choose another --out, or mend its permissions") from error
+        if error.errno in UNWRITABLE:
+            raise RunError(f"cannot write {error.filename or path} ({error.strerror}): choose another --out") from error
         raise
 
 
@@ -73,8 +77,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         try:
             save_file(contiguous, aside, metadata={"format": "pt", **(metadata or {})})
         except Exception as error:  # safetensors wraps the operating system's error in its own
-            if "os error 28" in str(error) or "No space left" in str(error):
-                raise OSError(errno.ENOSPC, "no space left") from error
+            if number := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
             raise
 
     replace_file(path, write)

@@ -67,7 +67,9 @@ def notes(journal: list[dict[str, Any]]) -> list[str]:
     for line in journal:
         for note in [*line.get("notes", ()), *([line["note"]] if "note" in line else [])]:
             layers.setdefault(note, []).append(line.get("layer") or line.get("file", ""))
-    return [f"note: {note} ({names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)})" for note, names in layers.items()]
+    return [
+        f"note: {note} ({names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)})" for note, names in layers.items()
+    ]
 
 
 def _layer_table(layers: list[dict[str, Any]]) -> Any:

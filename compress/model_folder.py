@@ -85,6 +85,8 @@ def _read(path: Path, where: str) -> dict[str, Any]:
 def _check_causal(config: Any, settings: dict[str, Any], where: str) -> None:
     """A class for the type is not enough: BERT has one too, so the class the weights were saved from counts as well."""
     saved_as = settings.get("architectures") or []
+    if not isinstance(saved_as, list) or not all(isinstance(name, str) for name in saved_as):
+        raise InputError(f"config.json of {where} is damaged (architectures is no list): restore or download it again")
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         own = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
         if not saved_as or any(name == own or name.endswith(("ForCausalLM", "LMHeadModel")) for name in saved_as):

@@ -16,9 +16,10 @@ from compress.calib.model import Model
 from compress.calib.self_text import self_generated_windows
 from compress.checkpoint.formats import choose_format, open_weights
 from compress.checkpoint.native import Contents, decode, encode
-from compress.checkpoint.save import Saver
+from compress.checkpoint.save import Saver, lacking
 from compress.checkpoint.stored import StoredLayer
 from compress.clock import peak_rss_bytes
+from compress.errors import RunError
 from compress.files import sha256
 from compress.kernels.weights import Grid, IntWeight
 from compress.plan import dense_bytes, n_parameters, plan_head, plan_layers
@@ -53,8 +54,11 @@ def compress(recipe: Recipe, folder: Path, out: Path, reporter: Reporter, device
     run = RunDir(out / "run", recipe, _fingerprint(model))
     try:
         if (done := Finished(run.path).read()) is not None:
-            reporter.say(f"{out} is finished already: these are its figures")
-            return done
+            if (lost := lacking(out, folder, done)) is None:
+                reporter.say(f"{out} is finished already: these are its figures")
+                return done
+            reporter.say(f"{out} was finished, but {lost} is missing or damaged: it is made again")
+        _tell_unused(model, run, reporter)
         if reason:
             reporter.say(f"writing the {format_name} format: {reason}")
         run.journal.write(event="opened", seconds=round(time.monotonic() - started, 3))
@@ -97,6 +101,15 @@ def _fingerprint(model: Model) -> dict[str, Any]:
         "versions": {package: version(package) for package in packages},
         "threads": torch.get_num_threads(),
     }
+
+
+def _tell_unused(model: Model, run: RunDir, reporter: Reporter) -> None:
+    """Say, and note in the journal, which of the files' tensors do not go into the checkpoint."""
+    if model.unused and not run.journal.read():
+        note = "left out: the model that config.json describes has no place for it"
+        reporter.say(f"{len(model.unused)} tensors, such as {model.unused[0]}, are {note}")
+        for name in model.unused:
+            run.journal.write(event="note", layer=name, note=note)
 
 
 def _tokens(work: Work, recipe: Recipe, reporter: Reporter) -> Tensor:
@@ -144,6 +157,8 @@ def _round_rows(model: Model, planned: StoredLayer) -> StoredLayer:
     parts = []
     for rows in torch.arange(len(parameter)).split(HEAD_ROWS):
         groups = parameter[rows[0] : rows[-1] + 1].float().unflatten(1, (-1, wanted.group_size))
+        if not torch.isfinite(groups).all():
+            raise RunError(f"{planned.name} holds NaN or infinity as it came: the model's files are damaged")
         grid = Grid.fit(groups, wanted.bits, True, model.dtype)
         codes = grid.encode_groups(groups).flatten(1)
         parts.append(IntWeight.from_codes(codes, grid, wanted.group_size, True, model.dtype))

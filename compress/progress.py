@@ -32,10 +32,10 @@ class Reporter:
         """A stage of `total` steps."""
         if self._live:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
             )
             with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console) as bar:
                 yield Stage(self, title, total, bar, bar.add_task(title, total=total, note=""))

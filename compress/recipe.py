@@ -23,7 +23,7 @@ class Calibration(_Frozen):
     source: str = Field("c4", description="c4, wikitext2, ptb, pileval, ultrachat, builtin, self, or a text file")
     nsamples: int = Field(128, ge=1, description="sequences")
     seqlen: int = Field(2048, ge=8, description="tokens a sequence, the leading BOS included")
-    seed: int = Field(0, ge=0, description="which sequences are taken")
+    seed: int = Field(0, ge=0, lt=2**63, description="which sequences are taken")
 
 
 class Target(_Frozen):
@@ -103,9 +103,9 @@ class Recipe(_Frozen):
         """(stage, method) of each step a layer goes through, defaults filled in."""
         steps = []
         if self.target.density_gap > 0:
-            steps.append(("prune", self.pruner or PRUNER))
+            steps.append(("prune", PRUNER if self.pruner is None else self.pruner))
         if self.target.wbits < 16:
-            steps.append(("quantize", self.quantizer or QUANTIZER))
+            steps.append(("quantize", QUANTIZER if self.quantizer is None else self.quantizer))
         return steps
 
     def toml(self) -> str:
@@ -129,6 +129,8 @@ def read_recipe(file: Path | None, flags: dict[str, Any]) -> Recipe:
             values = tomllib.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise InputError(f"there is no recipe {file}") from error
+        except OSError as error:
+            raise InputError(f"cannot read the recipe {file}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{file} is not a TOML recipe: {error}") from error
     try:
@@ -154,8 +156,11 @@ def validation_line(error: ValidationError) -> str:
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if both else value
+        if isinstance(value, dict) and key in merged:
+            if not isinstance(merged[key], dict):
+                raise InputError(f"{key} = {merged[key]!r}: should be a table, with {', '.join(value)} in it")
+            value = _merged(merged[key], value)
+        merged[key] = value
     return merged
 
 

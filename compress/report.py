@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
+_NUMERIC = {"", *"-.0123456789"}  # how a number's cell starts, or one left empty
+
 
 @dataclass(frozen=True)
 class Report:
@@ -17,10 +19,11 @@ class Report:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
-    """A plain table; every column but the first is aligned right."""
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    """A plain table; columns of numbers are aligned right."""
+    made = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
+        numbers = all(row[index][:1] in _NUMERIC for row in rows)
+        made.add_column(column, justify="right" if numbers and index else "left", no_wrap=index == 0)
     for row in rows:
         made.add_row(*row)
     return made

@@ -11,6 +11,7 @@ A block counts as finished when its checksum file is there and holds. The block 
 made of them is on disk.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from torch import Tensor
 
 from compress.calib.weight_files import read_all
@@ -53,10 +55,15 @@ class RunDir:
         file, about = self.path / "recipe.toml", self.path / "run.json"
         mend = "take another --out, or remove it to start over"
         if file.exists():
-            before = read_recipe(file, {})
+            try:
+                before = read_recipe(file, {})
+            except InputError as error:
+                raise InputError(f"{file} is damaged ({error}): remove {self.path} to start over") from error
             if changed := recipe.differences(before):
                 raise InputError(f"{self.path} holds a run with another {', '.join(changed)}: {mend}")
-        if about.exists() and json.loads(about.read_text()).get("model") != fingerprint["model"]:
+        elif any(self.blocks.iterdir()):
+            raise InputError(f"{self.path} holds blocks of a run whose recipe.toml is gone: {mend}")
+        if about.exists() and _read_json(about).get("model") != fingerprint["model"]:
             raise InputError(f"{self.path} holds a run of other weights under the same name {recipe.model}: {mend}")
         if not file.exists():
             write_text(file, recipe.toml())
@@ -71,7 +78,10 @@ class RunDir:
         file = self.path / f"{key}.safetensors"
         if not file.exists():
             write_tensors(file, make())
-        return read_all(file)[0]
+        try:
+            return read_all(file)[0]
+        except (SafetensorError, OSError) as error:
+            raise RunError(f"{file} is damaged ({error}): remove it, and the same command makes it again") from error
 
     def _block(self, key: str) -> tuple[Path, Path]:
         return self.blocks / f"{key}.safetensors", self.blocks / f"{key}.json"
@@ -80,7 +90,8 @@ class RunDir:
         """Whether a block is finished and whole. A damaged one is reported in the journal and counts as missing."""
         data, mark = self._block(key)
         try:
-            wanted = json.loads(mark.read_text())["sha256"]
+            said = json.loads(mark.read_text())
+            wanted, _ = said["sha256"], said["figures"]
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return False
         if data.is_file() and sha256(data) == wanted:
@@ -107,7 +118,8 @@ class RunDir:
     def drop_blocks(self) -> None:
         """Remove the block files, after the checkpoint made of them is on disk."""
         for file in self.blocks.iterdir():
-            file.unlink()
+            if file.is_file():
+                file.unlink()
 
 
 class Finished:
@@ -118,7 +130,7 @@ class Finished:
 
     def read(self) -> dict[str, Any] | None:
         """The figures, or None while the run is not finished."""
-        return json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else None
+        return _read_json(self.file) if self.file.exists() else None
 
     def update(self, result: dict[str, Any]) -> None:
         """Put figures on disk."""
@@ -153,4 +165,24 @@ class Journal:
     def _lines(self, start: int) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
-        return [json.loads(line) for line in self.path.read_bytes()[start:].splitlines()]
+        return [_journal_line(line) for line in self.path.read_bytes()[start:].splitlines()]
+
+
+def _journal_line(line: bytes) -> dict[str, Any]:
+    """One line; of a damaged one only that it is, since figures are not worth a finished run."""
+    with contextlib.suppress(ValueError):
+        values = json.loads(line)
+        if isinstance(values, dict) and "event" in values:
+            return values
+    return {"event": "damaged", "file": "log.jsonl", "note": "a line of the journal is damaged and left out"}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises RunError if it is none."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{file} is damaged ({error}): remove it and run the same command again") from error
+    if not isinstance(values, dict):
+        raise RunError(f"{file} is damaged (no JSON object): remove it and run the same command again")
+    return values

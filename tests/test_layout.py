@@ -8,10 +8,21 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"kernels": "compress.kernels", "calib": "compress.calib", "eval": "compress.eval", "compress": "compress"}
-ORDER = ["compress.errors", "compress.kernels", "compress.calib", "compress.eval", "compress"]  # a file imports leftwards
+ORDER = [
+    "compress.errors",
+    "compress.kernels",
+    "compress.calib",
+    "compress.eval",
+    "compress",
+]  # a file imports leftwards
 METHODS = ("compress.allocate", "compress.prune", "compress.quantize")
 KEEPS_TO_ITSELF = {  # who may import what knows a secret of the outside world
-    "transformers": {"compress.calib.model", "compress.calib.self_text", "compress.gguf_import", "compress.gguf_weights"}
+    "transformers": {
+        "compress.calib.model",
+        "compress.calib.self_text",
+        "compress.gguf_import",
+        "compress.gguf_weights",
+    }
     | {"compress.model_folder"},
     "accelerate": {"compress.calib.model"},
     "datasets": {"compress.calib.texts"},
@@ -65,7 +76,14 @@ def test_imports_point_one_way(module):
 
 @pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith(METHODS)])
 def test_methods_see_tensors_only(module):
-    outside = {"transformers", "datasets", "torch.distributed", "compress.calib.model", "compress.run_dir", "compress.pipeline"}
+    outside = {
+        "transformers",
+        "datasets",
+        "torch.distributed",
+        "compress.calib.model",
+        "compress.run_dir",
+        "compress.pipeline",
+    }
     assert imports(SOURCES[module]) & outside == set()
 
 
@@ -82,7 +100,9 @@ def test_packages_are_the_folders():
 
 
 def test_modules_can_be_read_in_one_go():
-    long = {f.name: n for d in FOLDERS for f in (ROOT / d).rglob("*.py") if (n := len(f.read_text().splitlines())) > 400}
+    long = {
+        f.name: n for d in FOLDERS for f in (ROOT / d).rglob("*.py") if (n := len(f.read_text().splitlines())) > 400
+    }
     assert long == {}
 
 

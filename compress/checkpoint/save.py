@@ -12,10 +12,11 @@ from compress import __version__
 from compress.calib.model import Model
 from compress.checkpoint.card import model_card
 from compress.checkpoint.dense_view import quantization_settings, read_config
-from compress.checkpoint.formats import DENSE, find_format
+from compress.checkpoint.formats import DENSE, find_format, open_weights
 from compress.checkpoint.native import Contents
 from compress.checkpoint.stored import StoredLayer
 from compress.checkpoint.writer import ShardWriter
+from compress.errors import CompressError
 from compress.files import replace_file, write_json, write_text
 from compress.kernels.weights import IntWeight
 from compress.recipe import Recipe
@@ -52,10 +53,8 @@ class Saver:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write everything else: tokenizer, recipe, config.json, and the model card."""
-        for pattern in ALONG:
-            for file in self.model.folder.glob(pattern):
-                if file.name not in NOT_ALONG:
-                    replace_file(self.out / file.name, partial(shutil.copyfile, file))
+        for file in _along(self.model.folder):
+            replace_file(self.out / file.name, partial(shutil.copyfile, file))
         write_text(self.out / "recipe.toml", self.recipe.toml())
         config = self._config()
         if self.format is not None:
@@ -74,6 +73,23 @@ class Saver:
             ignore = [name for name in self.model.linear_names() if name not in packed]
             config["quantization_config"] = self.format.quantization_config(self.layers, ignore)
         return config
+
+
+def _along(folder: Path) -> list[Path]:
+    """What of a model's folder goes into its checkpoint unchanged."""
+    return [file for pattern in ALONG for file in folder.glob(pattern) if file.name not in NOT_ALONG]
+
+
+def lacking(out: Path, folder: Path, result: dict[str, Any]) -> str | None:
+    """What a finished checkpoint of the model in `folder` has lost since it was written; None: it is whole."""
+    for name in ("config.json", "recipe.toml", *(file.name for file in _along(folder))):
+        if not (out / name).is_file():
+            return name
+    try:
+        files = {entry.file for entry in open_weights(out).entries.values()}
+    except CompressError:
+        return "a weight file"
+    return None if sum(file.stat().st_size for file in files) == result.get("compressed_bytes") else "a weight file"
 
 
 def write_card(out: Path, result: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from compress.calib.stats import inverse_factor
 from compress.options import MethodOptions
-from compress.task import LayerPlan, LayerTask
+from compress.settle import settle_columns
+from compress.task import LayerTask
 
 NEEDS = frozenset({"hessian"})
 
@@ -29,33 +30,27 @@ def prune_layer(task: LayerTask, options: Options) -> LayerTask:
     factor, damping = inverse_factor(task.stats, options.damping)
     if damping != options.damping:
         task = task.noted(f"sparsegpt: damping raised from {options.damping:g} to {damping:g} to factorize the Hessian")
+    plan = task.plan
     columns = task.weight.T.clone(memory_format=torch.contiguous_format)  # [in, out]: one column's weights lie together
     keep = torch.ones_like(columns, dtype=torch.bool)
-    block_size = options.block_size
-    if task.plan.pattern:
-        m = task.plan.pattern[1]
-        block_size = max(block_size // m, 1) * m  # no group of m lies across two blocks
-    for start in range(0, len(columns), block_size):
-        stop = min(start + block_size, len(columns))
-        error = _prune_block(columns[start:stop], keep[start:stop], factor[start:stop, start:stop], task.plan)
-        columns[stop:].addmm_(factor[start:stop, stop:].T, error, alpha=-1)
-    return task.pruned(columns.T.contiguous(), keep.T.contiguous())
+    pivots = factor.diagonal().unsqueeze(1)
 
-
-def _prune_block(columns: Tensor, keep: Tensor, factor: Tensor, plan: LayerPlan) -> Tensor:
-    """Prune a block of columns [b, out] in place, filling `keep`; returns the scaled errors [b, out] it makes."""
-    pivots = factor.diagonal()
-    if plan.pattern is None:
-        score = (columns / pivots.unsqueeze(1)).square_().flatten()
+    def choose_in_block(start: int, stop: int) -> None:
+        score = (columns[start:stop] / pivots[start:stop]).square_().flatten()
         gone = score.topk(int(score.numel() * plan.sparsity), largest=False, sorted=False).indices
-        keep.view(-1)[gone] = False
-    errors = torch.zeros_like(columns)
-    for i in range(len(columns)):
+        keep[start:stop].view(-1)[gone] = False
+
+    def choose_n_of_m(start: int, n: int, m: int) -> None:
+        score = (columns[start : start + m] / pivots[start : start + m]).square_()
+        keep[start : start + m].scatter_(0, score.argsort(dim=0, stable=True)[: m - n], False)
+
+    def settle(i: int, column: Tensor) -> Tensor:
         if plan.pattern is not None and i % plan.pattern[1] == 0:
-            n, m = plan.pattern
-            score = (columns[i : i + m] / pivots[i : i + m].unsqueeze(1)).square_()
-            keep[i : i + m].scatter_(0, score.argsort(dim=0, stable=True)[: m - n], False)
-        errors[i] = columns[i].masked_fill(keep[i], 0.0).div_(pivots[i])
-        columns[i].masked_fill_(~keep[i], 0.0)
-        columns[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
-    return errors
+            choose_n_of_m(i, *plan.pattern)
+        return column * keep[i]
+
+    if plan.pattern is None:
+        settle_columns(columns, factor, settle, options.block_size, begin=choose_in_block)
+    else:
+        settle_columns(columns, factor, settle, options.block_size, unit=plan.pattern[1])
+    return task.pruned(columns.T.contiguous(), keep.T.contiguous())

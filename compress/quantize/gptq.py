@@ -14,6 +14,7 @@ from torch import Tensor
 from compress.calib.stats import inverse_factor
 from compress.kernels.weights import Grid, IntWeight
 from compress.options import MethodOptions
+from compress.settle import settle_columns
 from compress.task import LayerTask
 
 NEEDS = frozenset({"hessian"})
@@ -43,31 +44,17 @@ def quantize_layer(task: LayerTask, options: Options) -> LayerTask:
     if order is None:
         order = torch.arange(len(hessian), device=hessian.device)
     columns = task.weight.T[order]  # [in, out]: one column's weights lie together
-    group_of = order // task.group_size
-    scales, zero_points = grid.scale.T[group_of], grid.zero_point.T[group_of]
-    keep = None if task.keep is None else task.keep.T[order]
-    codes = torch.empty_like(columns)
-    for start in range(0, len(columns), options.block_size):
-        rows = slice(start, min(start + options.block_size, len(columns)))
-        on_grid = (scales[rows], zero_points[rows], 2**plan.wbits - 1)
-        kept = None if keep is None else keep[rows]
-        error = _round_block(columns[rows], codes[rows], kept, factor[rows, rows], on_grid)
-        columns[rows.stop :].addmm_(factor[rows, rows.stop :].T, error, alpha=-1)
-    in_place = torch.empty_like(codes)
-    in_place[order] = codes
-    return task.quantized(IntWeight.from_codes(in_place.T, grid, task.group_size, plan.symmetric, task.dtype))
+    codes = torch.empty_like(columns, dtype=torch.uint8)
+    scales, zero_points = grid.scale.T.contiguous(), grid.zero_point.T.contiguous()
+    keep = None if task.keep is None else task.keep.T
+    at, highest = order.tolist(), 2**plan.wbits - 1
 
+    def settle(i: int, column: Tensor) -> Tensor:
+        group = at[i] // task.group_size
+        wanted = column if keep is None else column * keep[at[i]]
+        code = torch.addcdiv(zero_points[group], wanted, scales[group]).round_().clamp_(0, highest)
+        codes[at[i]] = code
+        return code.sub_(zero_points[group]).mul_(scales[group])
 
-def _round_block(
-    columns: Tensor, codes: Tensor, keep: Tensor | None, factor: Tensor, on_grid: tuple[Tensor, Tensor, int]
-) -> Tensor:
-    """Round a block of columns [b, out] one by one, filling `codes`; returns the scaled errors [b, out] it makes."""
-    scales, zero_points, highest = on_grid
-    errors = torch.empty_like(columns)
-    pivots = factor.diagonal().tolist()
-    for i in range(len(columns)):
-        wanted = columns[i] if keep is None else columns[i].masked_fill(~keep[i], 0.0)
-        code = torch.addcdiv(zero_points[i], wanted, scales[i], out=codes[i]).round_().clamp_(0, highest)
-        errors[i] = (columns[i] - (code - zero_points[i]).mul_(scales[i])).div_(pivots[i])
-        columns[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
-    return errors
+    settle_columns(columns, factor, settle, options.block_size)
+    return task.quantized(IntWeight.from_codes(codes.T, grid, task.group_size, plan.symmetric, task.dtype))

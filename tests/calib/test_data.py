@@ -145,6 +145,7 @@ def test_the_text_column_is_found_in_jsonl_and_parquet(tmp_path, rows, wanted):
     [
         ("two.jsonl", b'{"question": "a", "answer": "b"}', "It has question, answer: rename one to text"),
         ("bad.jsonl", b'{"text": "a"}\n{"text', r"line 2 of .*bad\.jsonl is not JSON"),
+        ("binary.jsonl", b"\xff\xfe\x00\n", r"line 1 of .*binary\.jsonl is not JSON"),
         ("list.jsonl", b"[1]", "no JSON object"),
         ("bad.parquet", b"PAR1 no", "not a whole parquet file"),
         ("table.csv", b"text\na", r"use c4, .*, builtin, or a \.txt, \.jsonl, \.parquet file"),
@@ -338,3 +339,10 @@ def test_gemma_windows_of_the_published_protocol(tmp_path):
     started = time.monotonic()
     assert calibration_windows("builtin", tokenizer, 128, 2048, 0).shape == (128, 2048)
     assert time.monotonic() - started < 60
+
+
+def test_self_of_a_packed_model_is_refused_instead_of_run_on_weights_transformers_makes_up(llama_folder, tmp_path):
+    config = json.loads((llama_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "compress"}}))
+    with pytest.raises(InputError, match="is packed, and --calib self runs dense models only"):
+        self_generated_windows(tmp_path, tiny_tokenizer(), 1, 12, 0)

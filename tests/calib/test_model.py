@@ -2,8 +2,8 @@ import json
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, save_tiny, tiny_lm
 from safetensors.torch import load_file, save_file
+from tiny import ARCHITECTURES, save_tiny, tiny_lm
 from transformers import AutoModelForCausalLM
 
 from compress.calib.model import Model
@@ -126,3 +126,51 @@ def test_calls_that_depend_on_the_text_are_refused(llama_folder):
     model.embed(TOKENS)
     with pytest.raises(InputError, match="depends on the text"):
         model.embed(TOKENS.flip(0))
+
+
+def configured(llama_folder, folder, **changes):
+    copy_of(llama_folder, folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"num_hidden_layers": 0}, "found no list of transformer blocks"),
+        ({"num_hidden_layers": 5}, "holds nothing of block 3, but config.json says 5 blocks"),
+        ({"dtype": "float64"}, "says dtype torch.float64: set bfloat16, float16 or float32"),
+        ({"dtype": 5}, "says dtype 5"),
+        ({"vocab_size": 0}, "makes no llama model"),
+        ({"hidden_act": "none such"}, "makes no llama model"),
+    ],
+)
+def test_a_config_no_model_can_have_is_refused_at_once(llama_folder, tmp_path, changes, line):
+    with pytest.raises(InputError, match=line):
+        open_model(configured(llama_folder, tmp_path / "m", **changes))
+
+
+def test_tensors_that_the_config_leaves_no_place_for_are_told(llama_folder, tmp_path):
+    assert open_model(llama_folder).unused == []
+    model = open_model(configured(llama_folder, tmp_path / "m", num_hidden_layers=2))
+    assert len(model.unused) == 9 and all(name.startswith("model.layers.2.") for name in model.unused)
+
+
+def test_without_a_dtype_in_its_config_a_model_stays_as_it_is_stored(llama_folder, tmp_path):
+    assert open_model(configured(llama_folder, tmp_path / "m", dtype=None)).dtype == torch.bfloat16
+
+
+def test_tokens_beyond_the_embeddings_and_the_positions_are_refused(llama_folder, tmp_path):
+    with pytest.raises(InputError, match="its tokenizer gave token 200 of 200 embeddings"):
+        open_model(llama_folder).embed(torch.tensor([3, 200]))
+    with pytest.raises(InputError, match="cannot take 129 tokens at once: lower --seqlen"):
+        open_model(save_tiny(tmp_path / "gpt2", "gpt2", n_positions=128)).embed(torch.arange(129))
+
+
+@pytest.mark.parametrize("content", ["[]", "5", "{", ""])
+def test_a_damaged_tokenizer_is_one_line(llama_folder, tmp_path, content):
+    folder = copy_of(llama_folder, tmp_path / "m")
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(InputError, match=r"its tokenizer does not load .*: restore it"):
+        _ = open_model(folder).tokenizer

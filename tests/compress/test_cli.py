@@ -7,7 +7,8 @@ import sys
 import pytest
 from tiny import save_tiny
 
-from compress.cli import main
+from compress.cli import _beside, _line, _show, main
+from compress.report import Report
 
 
 def call(*arguments, cwd=None):
@@ -17,7 +18,9 @@ def call(*arguments, cwd=None):
 
 def test_run_eval_inspect_in_json(llama_folder, text_file, tmp_path):
     flags = ["--sparsity", 0.5, "--wbits", 4, "--group-size", 32, "--calib", text_file, "--nsamples", 4, "--seqlen", 32]
-    done = call("run", llama_folder, *flags, "--out", tmp_path / "a", "--eval", text_file, "--eval-windows", 3, "--json")
+    done = call(
+        "run", llama_folder, *flags, "--out", tmp_path / "a", "--eval", text_file, "--eval-windows", 3, "--json"
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     wanted = "checkpoint dense_bytes compressed_bytes bits_per_weight sparsity seconds peak_rss_bytes".split()
@@ -62,7 +65,13 @@ def test_a_dry_run_shows_the_plan_and_leaves_nothing(llama_folder, text_file, tm
         (["run", "LLAMA", "--wbits", "4", "--group-size", "48"], "groups of 48 do not divide"),
         (["run", "LLAMA", "--wbits", "4", "--set", "gptq"], "METHOD.KEY=VALUE"),
         (["run", "LLAMA", "--wbits", "4", "--device", "cuda:99"], "there is no device 'cuda:99'"),
+        (["run", "LLAMA", "--wbits", "4", "--device", "meta"], "there is no device 'meta'"),
+        (["run", "LLAMA", "--wbits", "4", "--set", ".x=1"], "METHOD.KEY=VALUE"),
+        (["run", "LLAMA", "--wbits", "4", "--eval-windows", "0"], "--eval-windows"),
         (["run", "--recipe", "no.toml"], "there is no recipe no.toml"),
+        (["run", "--recipe", "."], "cannot read the recipe ."),
+        (["eval", "LLAMA", "--max-windows", "0"], "--max-windows"),
+        (["eval", "LLAMA", "--seqlen", "1"], "--seqlen"),
         (["eval", "LLAMA", "--ppl", "no-such.txt"], "no-such.txt"),
         (["inspect", "."], "neither a checkpoint"),
         (["nonsense"], "nonsense"),
@@ -104,3 +113,20 @@ def test_help_has_examples_and_methods_are_listed():
 def test_doctor_answers():
     found = json.loads(call("doctor", "--json").stdout)
     assert found["torch"] and "memory" in found
+
+
+def test_a_name_in_brackets_is_printed_as_it_is(capsys):
+    _show(Report({}, ["Checkpoint in a[/b][bold]:smile:"]), as_json=False)
+    assert capsys.readouterr().out == "Checkpoint in a[/b][bold]:smile:\n"
+
+
+def test_the_checkpoint_of_the_current_folder_is_named_after_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [str(_beside(model)) for model in ("a/b", "x.gguf", ".", "./")] == [
+        *("b-compressed", "x-compressed", f"{tmp_path.name}-compressed", f"{tmp_path.name}-compressed")
+    ]
+
+
+def test_what_the_system_refuses_is_no_bug_of_ours():
+    line = "the system says permission denied: /x (--debug shows where)"
+    assert _line(PermissionError(13, "Permission denied", "/x")) == (3, line)

@@ -1,14 +1,16 @@
 """Whole runs on tiny models, through files and back."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, save_tiny
 from transformers import AutoModelForCausalLM
 
 from compress.checkpoint.formats import open_weights
-from compress.errors import InputError
+from compress.errors import InputError, RunError
 from compress.evaluate import evaluate
 from compress.pipeline import compress, open_model
 from compress.progress import Reporter
@@ -119,7 +121,12 @@ def test_calibrating_each_layer_on_compressed_ones_changes_later_layers_only(tmp
 
 
 def test_methods_without_data_need_none(tmp_path, llama_folder):
-    recipe = {"model": "x", "target": {"sparsity": 0.5, "wbits": 8, "group_size": 32}, "pruner": "magnitude", "quantizer": "rtn"}
+    recipe = {
+        "model": "x",
+        "target": {"sparsity": 0.5, "wbits": 8, "group_size": 32},
+        "pruner": "magnitude",
+        "quantizer": "rtn",
+    }
     recipe["calib"] = {"source": "there is no such text"}
     compress(read_recipe(None, recipe), llama_folder, tmp_path / "out", QUIET)
     assert {line["error_on"] for line in journal(tmp_path / "out") if line["event"] == "layer"} == {"weights"}
@@ -146,7 +153,9 @@ def test_the_same_command_again_gives_the_same_answer(tmp_path, llama_folder, te
 
 
 def test_what_does_not_divide_is_refused_before_any_work(tmp_path, llama_folder, text_file):
-    with pytest.raises(InputError, match=r"q_proj has 64 inputs, which groups of 48 do not divide: use --group-size 64"):
+    with pytest.raises(
+        InputError, match=r"q_proj has 64 inputs, which groups of 48 do not divide: use --group-size 64"
+    ):
         run(llama_folder, tmp_path / "out", text_file, {"wbits": 4, "group_size": 48})
     with pytest.raises(InputError, match=r"q_proj has 64 inputs, which 2:5 does not divide"):
         run(llama_folder, tmp_path / "out", text_file, {"pattern": "2:5"})
@@ -164,3 +173,48 @@ def test_evaluation_counts_every_token_but_the_bos(tmp_path, llama_folder, text_
     with torch.no_grad():
         wanted = sum(model(w[None], labels=w[None]).loss.double() for w in windows) / 5
     assert result["perplexity"]["words"] == pytest.approx(wanted.exp().item(), rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    "lost", ["config.json", "tokenizer.json", "recipe.toml", "model.safetensors", "half the weights"]
+)
+def test_a_finished_checkpoint_that_lost_a_file_is_made_again(tmp_path, llama_folder, text_file, lost):
+    out = tmp_path / "out"
+    run(llama_folder, out, text_file, {"wbits": 4})
+    before = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file() and file.name != "README.md"}
+    if lost == "half the weights":
+        (out / "model.safetensors").write_bytes(before["model.safetensors"][:30_000])
+    else:
+        (out / lost).unlink()
+    run(llama_folder, out, text_file, {"wbits": 4})
+    assert {name: (out / name).read_bytes() for name in before} == before
+
+
+def damaged(llama_folder, folder, name, value):
+    shutil.copytree(llama_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("method", [{"pruner": "wanda"}, {"pruner": "sparsegpt"}, {"quantizer": "gptq"}])
+def test_inputs_that_are_not_finite_stop_the_run_and_name_the_layer(tmp_path, llama_folder, text_file, method):
+    folder = damaged(llama_folder, tmp_path / "m", "model.layers.1.input_layernorm.weight", float("inf"))
+    target = {"sparsity": 0.5} if "pruner" in method else {"wbits": 4}
+    with pytest.raises(RunError, match=r"the inputs of model\.layers\.1\.self_attn\.q_proj hold NaN or infinity"):
+        run(folder, tmp_path / "out", text_file, target, **method)
+
+
+def test_embeddings_that_are_not_finite_are_not_rounded(tmp_path, llama_folder, text_file):
+    folder = damaged(llama_folder, tmp_path / "m", "model.embed_tokens.weight", float("nan"))
+    with pytest.raises(RunError, match=r"model\.embed_tokens holds NaN or infinity as it came"):
+        run(folder, tmp_path / "out", text_file, {"head_bits": 8})
+
+
+def test_tensors_left_out_are_noted(tmp_path, llama_folder, text_file):
+    folder = shutil.copytree(llama_folder, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    run(folder, tmp_path / "out", text_file, {"wbits": 4})
+    assert len([line for line in journal(tmp_path / "out") if line["event"] == "note"]) == 9

@@ -80,3 +80,20 @@ def test_differences_name_the_keys():
 def test_methods_and_their_options_are_checked(values, line):
     with pytest.raises(InputError, match=line):
         find_steps(read_recipe(None, OK | values))
+
+
+def test_flags_do_not_replace_a_key_that_should_be_a_table(tmp_path):
+    file = tmp_path / "r.toml"
+    file.write_text('model = "m"\ncalib = "wikitext2"\n')
+    with pytest.raises(InputError, match="calib = 'wikitext2': should be a table, with nsamples in it"):
+        read_recipe(file, {"calib": {"nsamples": 4}})
+
+
+def test_an_empty_method_is_not_the_default_one():
+    with pytest.raises(InputError, match="there is no method ''"):
+        find_steps(Recipe(**OK, pruner=""))
+
+
+def test_a_seed_that_torch_cannot_take_is_refused():
+    with pytest.raises(InputError, match=r"calib\.seed"):
+        read_recipe(None, {**OK, "calib": {"seed": 2**63}})

@@ -5,7 +5,7 @@ import torch
 
 from compress.errors import InputError, RunError
 from compress.recipe import Recipe
-from compress.run_dir import Journal, RunDir
+from compress.run_dir import Finished, Journal, RunDir
 
 RECIPE = Recipe(model="m", target={"sparsity": 0.5})
 TENSORS = {"a": torch.arange(6.0), "b": torch.ones(2, 2, dtype=torch.bfloat16)}
@@ -26,7 +26,7 @@ def test_a_block_comes_back_as_it_was(run):
     assert manifest == {"version": 1} and run.figures("0003") == {"weights": 7}
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "mark"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "mark", "figures"])
 def test_a_damaged_block_counts_as_missing(run, damage):
     run.save("0000", TENSORS, {}, {})
     file = run.blocks / "0000.safetensors"
@@ -38,10 +38,13 @@ def test_a_damaged_block_counts_as_missing(run, damage):
         file.write_bytes(data[:-3])
     elif damage == "remove":
         file.unlink()
-    else:
+    elif damage == "mark":
         (run.blocks / "0000.json").write_text("{")
+    else:
+        mark = json.loads((run.blocks / "0000.json").read_text())
+        (run.blocks / "0000.json").write_text(json.dumps({"sha256": mark["sha256"]}))
     assert not run.has("0000")
-    if damage != "mark":
+    if damage not in ("mark", "figures"):
         assert run.journal.read()[-1]["event"] == "damaged"
     run.save("0000", TENSORS, {}, {})
     assert run.has("0000")
@@ -89,3 +92,33 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
     assert [line["event"] for line in journal.read()] == ["a", "c"]
     assert [line["event"] for line in journal.this_sitting()] == ["c"]
     assert json.loads(file.read_text().splitlines()[0])["time"] > 0
+
+
+@pytest.mark.parametrize("content", ["{", "[]", ""])
+def test_damaged_files_of_a_run_are_one_line_with_the_mend(run, content):
+    run.close()
+    for name in ("result.json", "run.json", "tokens.safetensors"):
+        (run.path / name).write_text(content)
+    with pytest.raises(RunError, match=r"result\.json is damaged .*: remove it"):
+        Finished(run.path).read()
+    with pytest.raises(RunError, match=r"tokens\.safetensors is damaged .*: remove it"):
+        run.once("tokens", dict)
+    with pytest.raises(RunError, match=r"run\.json is damaged .*: remove it"):
+        RunDir(run.path, RECIPE, {"model": {"files": 1}})
+    (run.path / "recipe.toml").write_text("model = 5")
+    with pytest.raises(InputError, match=r"recipe\.toml is damaged .*: remove .* to start over"):
+        RunDir(run.path, RECIPE, {"model": {"files": 1}})
+
+
+def test_blocks_are_never_taken_for_those_of_a_recipe_that_is_gone(run):
+    run.save("0000", TENSORS, {}, {})
+    run.close()
+    (run.path / "recipe.toml").unlink()
+    with pytest.raises(InputError, match=r"blocks of a run whose recipe\.toml is gone"):
+        RunDir(run.path, RECIPE, {"model": {"files": 1}})
+
+
+def test_a_damaged_line_of_the_journal_does_not_cost_the_rest(tmp_path):
+    file = tmp_path / "log.jsonl"
+    file.write_bytes(b'{"event": "a"}\n\xff{{\n[]\n{"event": "b"}\n')
+    assert [line["event"] for line in Journal(file).read()] == ["a", "damaged", "damaged", "b"]

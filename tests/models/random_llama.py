@@ -1,6 +1,6 @@
 """A Llama of a true shape with random weights, written a layer at a time, to measure memory and time with.
 
-    python tests/models/random_llama.py FOLDER --shape tinyllama-1.1b
+python tests/models/random_llama.py FOLDER --shape tinyllama-1.1b
 """
 
 import argparse

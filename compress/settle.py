@@ -1,0 +1,46 @@
+"""Settle the columns of a weight one by one, and let the columns still to come absorb each one's error.
+
+The optimal brain surgeon update that SparseGPT (arXiv:2301.00774, algorithm 1) and GPTQ (arXiv:2210.17323, algorithm 1)
+share: with U the upper Cholesky factor of the inverse Hessian, an error e of column i is best made up for by adding
+-e / U_ii * U_ij to every later column j.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+INNER = 32  # columns whose rank-one updates stay in the cache
+
+
+def settle_columns(
+    columns: Tensor,
+    factor: Tensor,
+    settle: Callable[[int, Tensor], Tensor],
+    block_size: int,
+    unit: int = 1,
+    begin: Callable[[int, int], None] | None = None,
+) -> None:
+    """Replace each column by what `settle` makes of it, in order. `columns` is changed in place.
+
+    `columns`: [in, out] float32, a column of the weight in each row. `factor`: [in, in], upper. `settle(i, column)`
+    returns the [out] values column i ends with; `column` has taken in the errors of all columns before it.
+    `begin(start, stop)` is called before each block of about `block_size` columns, when all of them have taken in the
+    errors of all earlier blocks. Columns are up to date `unit` at a time: where i is a multiple of it, so are
+    columns i to i + unit - 1. Errors go on as rank-one updates within `INNER` columns and as matrix products beyond.
+    """
+    pivots = factor.diagonal().tolist()
+    block_size, inner = (max(size // unit, 1) * unit for size in (block_size, INNER))
+    for start in range(0, len(columns), block_size):
+        stop = min(start + block_size, len(columns))
+        if begin is not None:
+            begin(start, stop)
+        errors = columns.new_empty(stop - start, columns.shape[1])
+        for low in range(start, stop, inner):
+            high = min(low + inner, stop)
+            for i in range(low, high):
+                settled = settle(i, columns[i])
+                error = errors[i - start].copy_(columns[i]).sub_(settled).div_(pivots[i])
+                columns[i] = settled
+                columns[i + 1 : high].addr_(factor[i, i + 1 : high], error, alpha=-1)
+            columns[high:stop].addmm_(factor[low:high, high:stop].T, errors[low - start : high - start], alpha=-1)
+        columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
