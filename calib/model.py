@@ -1,21 +1,19 @@
 """A causal LM seen as embed -> blocks -> head, with the weights of one block in memory at a time.
 
-The only file that knows how Hugging Face models are built. It knows no architecture: the blocks are the longest
-ModuleList of the model, and how each is called is recorded from the model's own forward.
+With its neighbours layers.py and skeleton.py the only one that knows how Hugging Face models are built, and it knows no
+architecture: the blocks are the longest ModuleList of the model, and how each is called is recorded from the model's own
+forward.
 """
 
 import contextlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -25,12 +23,12 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.pytorch_utils import Conv1D
 
+from compress.calib.layers import Layer, linear_layers
+from compress.calib.skeleton import first_line, load_config, quiet, skeleton
 from compress.calib.weight_files import WeightFiles
 from compress.errors import InputError
 
-ROUTERS = ("gate", "router", "shared_expert_gate")  # small layers that choose experts: they stay dense
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 UNKNOWN = -1
@@ -38,40 +36,6 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  #
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is handed after the hidden states: arguments, keywords
 Seen = tuple[Tensor, tuple[Any, ...], dict[str, Any]]  # the hidden states as well
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One linear map inside a block: a module, or one expert's slice of a 3-D parameter."""
-
-    name: str  # "model.layers.0.mlp.down_proj"; experts end in their number
-    param: str  # the parameter it is, or is a slice of
-    owner: nn.Module  # the module that holds the parameter
-    attribute: str  # the parameter's name in `owner`
-    index: int | None  # the slice of a 3-D parameter; None for a 2-D one
-    transposed: bool  # stored as [in, out]
-
-    @property
-    def stored(self) -> Tensor:
-        """The weight as the model holds it."""
-        parameter = getattr(self.owner, self.attribute)
-        return parameter if self.index is None else parameter[self.index]
-
-    @property
-    def weight(self) -> Tensor:
-        """A view of the weight, [out, in]."""
-        return self.stored.T if self.transposed else self.stored
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features), known before any weight is loaded."""
-        rows, columns = self.stored.shape
-        return (columns, rows) if self.transposed else (rows, columns)
-
-    def install(self, weight: Tensor) -> None:
-        """Overwrite the weight with [out, in] of any float dtype."""
-        with torch.no_grad():
-            self.weight.copy_(weight)
 
 
 class Block:
@@ -140,7 +104,7 @@ class Model:
         self.dtype: torch.dtype = dtype or self.config.dtype or next(stored, torch.float32)
         if self.dtype not in DTYPES.values():
             raise InputError(f"config.json of {folder} says dtype {self.dtype}: set bfloat16, float16 or float32")
-        self.lm = _skeleton(self.config, self.dtype)
+        self.lm = skeleton(self.config, self.dtype)
         lists = [(n, m) for n, m in self.lm.base_model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
         if not lists:
             raise InputError(f"{self.config.model_type}: found no list of transformer blocks in this architecture")
@@ -157,8 +121,9 @@ class Model:
         self.seen: list[Seen] = []
         self._checked: set[int] = set()
         self.tuple_length: int | None = UNKNOWN  # of what blocks return; None: a bare tensor
-        self._load(-1)
-        self.lm.tie_weights()
+        missing = self._load(-1)
+        with quiet():  # a head that differs from the embeddings is not tied to them, whatever config.json says
+            self.lm.tie_weights(missing_keys=missing)
         self._require_loaded(self._outside())
 
     # ---- weights ----
@@ -184,12 +149,15 @@ class Model:
             raise InputError(f"{self.folder} holds nothing of block {empty[0]}, but {wanted}: download it again")
         return keys
 
-    def _load(self, index: int) -> None:
-        """Put the weights of one block (-1: everything outside) into the model, through transformers' own loader."""
+    def _load(self, index: int) -> set[str]:
+        """Put the weights of one block (-1: everything outside) into the model, through transformers' own loader.
+
+        Returns the names of the model's tensors that these weights did not fill.
+        """
         mapping = get_model_conversion_mapping(self.lm)
         state = {key: self.files.read(key) for key in self._keys[index]}
         plan = LoadStateDictConfig(dtype=self.dtype, weight_mapping=mapping, device_map={"": self.device})
-        with _quiet():
+        with quiet():
             info, _ = convert_and_load_state_dict_in_model(self.lm, state, plan)
         self.lm.requires_grad_(False)
         if info.mismatched_keys:
@@ -197,6 +165,7 @@ class Model:
             raise InputError(f"{name} is {list(found)} in {self.folder} but config.json says {list(wanted)}")
         if info.conversion_errors:
             raise InputError(f"{self.folder}: {next(iter(info.conversion_errors.values()))}")
+        return set(info.missing_keys)
 
     def _require_loaded(self, named: Iterator[tuple[str, Tensor]]) -> None:
         missing = [name for name, tensor in named if tensor.is_meta]
@@ -247,14 +216,7 @@ class Model:
 
     def layers_of(self, index: int) -> list[Layer]:
         """The linear layers of one block, in the order the block defines them."""
-        layers = []
-        for name, module in self.modules[index].named_modules():
-            full = f"{self.path}.{index}.{name}"
-            if isinstance(module, nn.Linear | Conv1D) and name.rpartition(".")[2] not in ROUTERS:
-                layers.append(Layer(full, f"{full}.weight", module, "weight", None, isinstance(module, Conv1D)))
-            elif hasattr(module, "num_experts"):
-                layers.extend(_expert_layers(full, module))
-        return layers
+        return linear_layers(f"{self.path}.{index}", self.modules[index])
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -263,7 +225,7 @@ class Model:
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
             except Exception as error:  # a damaged file meets whatever the tokenizer's class does with it first
-                reason = f"its tokenizer does not load ({_first_line(error)})"
+                reason = f"its tokenizer does not load ({first_line(error)})"
                 raise InputError(f"{self.folder}: {reason}: restore it") from error
         return self._tokenizer
 
@@ -331,44 +293,6 @@ class Model:
         return len(out) if isinstance(out, tuple) else None
 
 
-def load_config(folder: Path) -> transformers.PretrainedConfig:
-    """A model folder's configuration, without its quantization: our readers present dense tensors.
-
-    Raises InputError if it is missing or damaged. Remote code is never run.
-    """
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}/config.json does not describe a model: {_first_line(error)}") from error
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
-
-
-def _skeleton(config: transformers.PretrainedConfig, dtype: torch.dtype) -> transformers.PreTrainedModel:
-    """The model with its parameters on the meta device and its computed buffers (rotary tables) real."""
-    try:
-        with init_empty_weights(include_buffers=False), _quiet():
-            lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except ValueError as error:
-        raise InputError(f"{config.model_type} is not a causal language model: {_first_line(error)}") from error
-    except (TypeError, RuntimeError, ArithmeticError, KeyError, IndexError) as error:
-        reason = f"config.json makes no {config.model_type} model ({_first_line(error)})"
-        raise InputError(f"{reason}: restore it") from error
-    return lm.eval().requires_grad_(False)
-
-
-def _expert_layers(name: str, module: nn.Module) -> list[Layer]:
-    """A layer for each expert's slice of a module's 3-D parameters."""
-    transposed = bool(getattr(module, "is_transposed", False))
-    return [
-        Layer(f"{name}.{attribute}.{expert}", f"{name}.{attribute}", module, attribute, expert, transposed)
-        for attribute, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3
-        for expert in range(len(parameter))
-    ]
-
-
 def _same(a: Any, b: Any) -> bool:
     """Whether two calls hand over equal tensors."""
     if isinstance(a, Tensor):
@@ -378,22 +302,3 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
     return True
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-class _quiet:
-    """Silence transformers' own progress bars and reports while it builds or fills one piece of a model."""
-
-    def __enter__(self) -> None:
-        self.level = transformers.logging.get_verbosity()
-        self.bars = transformers.utils.logging.is_progress_bar_enabled()
-        transformers.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        transformers.logging.set_verbosity(self.level)
-        if self.bars:
-            transformers.utils.logging.enable_progress_bar()

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from compress.calib.model import Block, Layer
+from compress.calib.layers import Layer
+from compress.calib.model import Block
 from compress.calib.stats import LayerStats
 
 PANEL = 512  # rows of xᵀx computed at a time

@@ -29,21 +29,20 @@ class LayerStats:
         sums = (self.x_sq, None if self.hessian is None else self.hessian.diagonal())
         return all(bool(torch.isfinite(each).all()) for each in sums if each is not None)
 
-    def output_error(self, change: Tensor, weight: Tensor) -> tuple[float, str]:
-        """Relative squared error of the layer's output when `weight` [out, in] moves by `change` [out, in].
+    def output_energy(self, weight: Tensor) -> float:
+        """Sum of squared outputs of a layer with this `weight` [out, in] over what `measured_on` names.
 
-        tr(Δ H Δᵀ) / tr(W H Wᵀ), and what stood for H: the Hessian, a sample of its tokens, or, without any
-        calibration, the identity.
+        tr(W H Wᵀ) for a weight, tr(Δ H Δᵀ) for a change of one: their ratio is the relative output error.
         """
-        hessian, sample = self.hessian, self.sample
-        if hessian is not None:
-            energy, measured = lambda w: ((w @ hessian) * w).sum(dtype=torch.float64), "hessian"
-        elif sample is not None:
-            energy, measured = lambda w: (w @ sample.T).square_().sum(dtype=torch.float64), "sample"
-        else:
-            energy, measured = lambda w: w.square().sum(dtype=torch.float64), "weights"
-        total = energy(weight).item()
-        return (energy(change).item() / total if total > 0 else 0.0), measured
+        if self.hessian is not None:
+            return ((weight @ self.hessian) * weight).sum(dtype=torch.float64).item()
+        outputs = weight if self.sample is None else weight @ self.sample.T
+        return outputs.square().sum(dtype=torch.float64).item()
+
+    @property
+    def measured_on(self) -> str:
+        """What stands for H: the Hessian, a sample of its tokens, or, without calibration, the weights alone."""
+        return "hessian" if self.hessian is not None else "weights" if self.sample is None else "sample"
 
 
 def inverse_factor(stats: LayerStats, damping: float, order: Tensor | None = None) -> tuple[Tensor, float]:

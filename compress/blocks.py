@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from compress.calib.hidden import HiddenStates
-from compress.calib.model import Block, Layer, Model
+from compress.calib.layers import Layer
+from compress.calib.model import Block, Model
 from compress.calib.observe import observe, shared_inputs, stages
 from compress.calib.stats import LayerStats
 from compress.checkpoint.native import Contents, decode, encode
 from compress.checkpoint.stored import StoredLayer
 from compress.clock import Clock
 from compress.errors import RunError
+from compress.kernels.weights import IntWeight
 from compress.plan import PlannedLayer
 from compress.progress import Reporter
 from compress.run_dir import RunDir
@@ -35,6 +37,29 @@ class Work:
     def needs(self) -> frozenset[str]:
         """The statistics that the steps read."""
         return frozenset[str]().union(*(step.needs for step in self.steps))
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What is kept of a layer until its block is saved; the task itself would keep its statistics in memory."""
+
+    layer: Layer
+    packed: IntWeight | None
+    keep: Tensor | None  # [out, in] bool
+    bits: float  # a weight, scales and zero points counted
+    error: float  # relative, of the layer's output
+
+    @property
+    def n_weights(self) -> int:
+        """How many weights the layer has."""
+        return self.layer.shape[0] * self.layer.shape[1]
+
+    @property
+    def stored(self) -> StoredLayer | None:
+        """The layer as the run folder keeps it; None if it is not quantized."""
+        if self.packed is None:
+            return None
+        return StoredLayer(self.layer.name, self.layer.param, self.layer.index, self.layer.transposed, self.packed)
 
 
 def block_key(index: int) -> str:
@@ -105,28 +130,24 @@ def _compress_block(work: Work, block: Block, hidden: HiddenStates | None, clock
     groups = stages(block, shared)
     if not work.sequential:
         groups = [[layer for group in groups for layer in group]]
-    tasks: list[LayerTask] = []
-    worst, worst_error = "", 0.0
+    finished: list[Finished] = []
     for group in groups:
         stats = observe(block, group, hidden, work.needs, shared) if hidden is not None else {}
         clock.lap("observe")
         for layer in group:
-            task, error = _compress_layer(work, layer, stats.pop(layer.name, LayerStats(0)))
-            layer.install(task.weight)
-            tasks.append(task)
-            if error >= worst_error:
-                worst, worst_error = layer.name.removeprefix(block.name + "."), error
+            finished.append(_compress_layer(work, layer, stats.pop(layer.name, LayerStats(0))))
         clock.lap("solve")
     for layer in block.layers:
         if layer.name not in shared:
             work.run.journal.write(event="note", layer=layer.name, note="left dense: the forward never calls it")
-    _save(work, block, tasks, time.monotonic() - started)
+    _save(work, block, finished, time.monotonic() - started)
     clock.lap("save")
-    return f"error up to {worst_error:.3g} ({worst})"
+    worst = max(finished, key=lambda done: done.error)
+    return f"error up to {worst.error:.3g} ({worst.layer.name.removeprefix(block.name + '.')})"
 
 
-def _compress_layer(work: Work, layer: Layer, stats: LayerStats) -> tuple[LayerTask, float]:
-    """One layer through every step, with a line in the journal for each. Returns it with its relative output error."""
+def _compress_layer(work: Work, layer: Layer, stats: LayerStats) -> Finished:
+    """Take one layer through every step, with a line in the journal for each, and install what comes out."""
     weight = layer.weight.float().contiguous()
     if not torch.isfinite(weight).all():
         range_ = ", or its weights do not fit float16: use --dtype bfloat16" * (work.model.dtype == torch.float16)
@@ -141,21 +162,23 @@ def _compress_layer(work: Work, layer: Layer, stats: LayerStats) -> tuple[LayerT
         task = task.noted(
             "no calibration token reached this layer, so its inputs count as white noise: use more samples"
         )
+    energy = stats.output_energy(weight)
     error, noted = 0.0, 0
     for step in work.steps:
         started = time.monotonic()
         task = step.run(task)
         seconds = time.monotonic() - started
-        error, measured_on = stats.output_error(task.weight - weight, weight)
+        error = stats.output_energy(task.weight - weight) / energy if energy else 0.0
         if not torch.isfinite(task.weight).all():
             raise RunError(f"{step.name} made NaN or infinity of {layer.name}: use more calibration samples or damping")
         work.run.journal.write(
             event="layer", layer=layer.name, step=step.stage, method=step.name, seconds=round(seconds, 4),
-            error=error, error_on=measured_on, density=_density(task), bits=_bits(task, layer),
+            error=error, error_on=stats.measured_on, density=_density(task), bits=_bits(task, layer),
             notes=task.notes[noted:],
         )  # fmt: skip
         noted = len(task.notes)
-    return task, error
+    layer.install(task.weight)
+    return Finished(layer, task.packed, task.keep, _bits(task, layer), error)
 
 
 def _density(task: LayerTask) -> float:
@@ -169,23 +192,16 @@ def _bits(task: LayerTask, layer: Layer) -> float:
     return task.packed.nbytes * 8 / task.weight.numel()
 
 
-def _save(work: Work, block: Block, tasks: list[LayerTask], seconds: float) -> None:
+def _save(work: Work, block: Block, finished: list[Finished], seconds: float) -> None:
     """Put the finished block in the run folder."""
-    layers = {layer.name: layer for layer in block.layers}
-    stored = [
-        StoredLayer(
-            task.name, layers[task.name].param, layers[task.name].index, layers[task.name].transposed, task.packed
-        )
-        for task in tasks
-        if task.packed is not None
-    ]
+    stored = [done.stored for done in finished if done.stored is not None]
     replaced = {layer.param for layer in stored}
     dense = {name: tensor for name, tensor in block.state().items() if name not in replaced}
-    masks = {task.name: task.keep for task in tasks if task.keep is not None}
+    masks = {done.layer.name: done.keep for done in finished if done.keep is not None}
     figures = {
-        "weights": sum(task.weight.numel() for task in tasks),
-        "pruned": sum(int((~task.keep).sum()) for task in tasks if task.keep is not None),
-        "bits": sum(_bits(task, layers[task.name]) * task.weight.numel() for task in tasks),
+        "weights": sum(done.n_weights for done in finished),
+        "pruned": sum(int((~keep).sum()) for keep in masks.values()),
+        "bits": sum(done.bits * done.n_weights for done in finished),
         "seconds": round(seconds, 3),
     }
     work.run.save(block_key(block.index), *encode(Contents(stored, dense, masks)), figures)

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from compress.calib.model import Layer, Model
+from compress.calib.layers import Layer
+from compress.calib.model import Model
 from compress.checkpoint.stored import StoredLayer
 from compress.errors import InputError
 from compress.kernels.weights import IntWeight

@@ -18,13 +18,15 @@ ORDER = [
 METHODS = ("compress.allocate", "compress.prune", "compress.quantize")
 KEEPS_TO_ITSELF = {  # who may import what knows a secret of the outside world
     "transformers": {
+        "compress.calib.layers",
         "compress.calib.model",
         "compress.calib.self_text",
+        "compress.calib.skeleton",
         "compress.gguf_import",
         "compress.gguf_weights",
-    }
-    | {"compress.model_folder"},
-    "accelerate": {"compress.calib.model"},
+        "compress.model_folder",
+    },
+    "accelerate": {"compress.calib.skeleton"},
     "datasets": {"compress.calib.texts"},
     "huggingface_hub": {"compress.sources", "compress.calib.texts"},
     "gguf": {"compress.gguf_file", "compress.gguf_import"},

@@ -110,6 +110,19 @@ def test_an_index_that_points_outside_is_refused(llama_folder, tmp_path):
         open_model(folder)
 
 
+@pytest.mark.parametrize("change", [0.0, 1.0])
+def test_a_head_that_differs_from_the_embeddings_is_not_tied_whatever_the_config_says(tmp_path, change):
+    folder = save_tiny(tmp_path, tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + change
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(folder)(TOKENS[None], use_cache=False).logits
+    model = open_model(folder)
+    assert torch.equal(through_blocks(model, TOKENS), wanted)
+    assert len([name for name in model.outside() if "norm" not in name]) == (2 if change else 1)
+
+
 def test_pickled_weights_are_refused(llama_folder, tmp_path):
     folder = copy_of(llama_folder, tmp_path / "m")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")

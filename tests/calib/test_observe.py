@@ -113,10 +113,11 @@ def test_dead_inputs_do_not_break_the_factor():
     assert torch.isfinite(factor).all()
 
 
-def test_output_error_is_the_relative_error_of_outputs():
+def test_output_energy_is_the_sum_of_squared_outputs():
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(60, 8, generator=generator), torch.randn(5, 8, generator=generator)
-    change = 0.1 * torch.randn(5, 8, generator=generator)
-    wanted = ((x @ change.T).square().sum() / (x @ weight.T).square().sum()).item()
-    assert hessian_of(x).output_error(change, weight) == (pytest.approx(wanted, rel=1e-4), "hessian")
-    assert LayerStats(60, sample=x).output_error(change, weight) == (pytest.approx(wanted, rel=1e-4), "sample")
+    for stats, name in ((hessian_of(x), "hessian"), (LayerStats(60, sample=x), "sample")):
+        assert stats.output_energy(weight) == pytest.approx((x @ weight.T).square().sum().item(), rel=1e-4)
+        assert stats.measured_on == name
+    assert LayerStats(0).output_energy(weight) == pytest.approx(weight.square().sum().item(), rel=1e-4)
+    assert LayerStats(0).measured_on == "weights"

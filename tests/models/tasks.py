@@ -19,4 +19,4 @@ def random_task(plan: LayerPlan, out: int = 48, inputs: int = 64, seed: int = 0,
 
 def error(task: LayerTask) -> float:
     """Relative squared error of the layer's output."""
-    return task.stats.output_error(task.weight - task.original, task.original)[0]
+    return task.stats.output_energy(task.weight - task.original) / task.stats.output_energy(task.original)
