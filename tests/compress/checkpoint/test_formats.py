@@ -45,8 +45,9 @@ def test_a_format_asked_for_is_taken_or_refused(make_layer):
 
 
 def test_without_quantized_layers_a_checkpoint_is_ordinary():
-    for requested in ("auto", "gptq", "native"):
-        assert choose_format(requested, [])[0] == "dense"
+    assert choose_format("auto", [])[0] == "dense"
+    with pytest.raises(InputError, match="nothing is quantized that --format gptq could hold"):
+        choose_format("gptq", [])
     with pytest.raises(InputError, match='no checkpoint format "awq"'):
         choose_format("awq", [])
 
