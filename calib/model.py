@@ -189,6 +189,7 @@ class Model:
 
     def as_stored(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors under the names, and in the pieces, that this architecture's checkpoints have on the hub."""
+        self.lm._weight_conversions = None  # what the last load used; a block of another kind may need others
         return revert_weight_conversion(self.lm, dict(state))
 
     def blocks(self) -> Iterator[Block]:
