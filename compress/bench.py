@@ -66,19 +66,23 @@ def _measured(folder: Path, file: Path, protocol: dict[str, Any], reporter: Repo
 
 
 def _table(dense: float, rows: list[dict[str, Any]]) -> Any:
-    columns = ["setting", "perplexity", "x dense", "bits (layers)", "sparsity", "size", "seconds", "peak memory"]
-    body = [["dense", f"{dense:.2f}", "1.00", "16.00", "0 %", size(rows[0]["dense_bytes"]), "", ""]] if rows else []
+    columns = ["setting", "perplexity", "x dense", "bits (layers)", "sparsity", "size", "seconds"]
+    body = [["dense", f"{dense:.2f}", "1.00", "16.00", "0 %", size(rows[0]["dense_bytes"]), ""]] if rows else []
     for row in rows:
         body.append(
             [
                 row["setting"],
-                f"{row['perplexity']:.2f}",
-                f"{row['ratio']:.2f}",
+                _number(row["perplexity"]),
+                _number(row["ratio"]),
                 f"{row['layer_bits_per_weight']:.2f}",
                 f"{100 * row['sparsity']:.0f} %",
                 size(row["compressed_bytes"]),
                 f"{row['seconds']:.0f}",
-                size(row["peak_rss_bytes"]),
             ]
         )
     return table("", columns, body)
+
+
+def _number(value: float) -> str:
+    """Two decimals, or the magnitude of what is beyond all use."""
+    return f"{value:.2f}" if value < 1e4 else f"{value:.0e}"
