@@ -67,7 +67,7 @@ def run(
         typer.Option(
             "--symmetric/--asymmetric",
             help="Zero in the middle of the codes, or stored zero points.",
-            show_default="symmetric",
+            show_default="symmetric; asymmetric at 2 and 3 bits",
         ),
     ] = None,
     quantizer: Annotated[str | None, typer.Option(help="A method of `compress methods`.", show_default="gptq")] = None,

@@ -33,7 +33,7 @@ class Target(_Frozen):
     pattern: str = Field("unstructured", description="unstructured, or n:m with n kept of every m inputs, such as 2:4")
     wbits: Literal[2, 3, 4, 8, 16] = Field(16, description="bits a weight; 16 leaves weights as they are")
     group_size: int = Field(128, description="inputs that share a scale; -1: one scale an output channel")
-    symmetric: bool = Field(True, description="zero in the middle of the codes; False stores zero points")
+    symmetric: bool | None = Field(None, description="zero in the middle of the codes; False: stored zero points")
     head_bits: Literal[4, 8, 16] = Field(16, description="bits of the embeddings and the head")
     allocate: str = Field("uniform", description="how sparsity and bits are spread over layers")
 
@@ -69,7 +69,9 @@ class Target(_Frozen):
 
     def layer_plan(self) -> LayerPlan:
         """The same for a single layer, before an allocation moves it."""
-        return LayerPlan(self.density_gap, self.n_of_m, self.wbits, self.group_size, self.symmetric)
+        # More readers take symmetric weights; below four bits a grid that fits is worth more (README, table).
+        symmetric = self.wbits >= 4 if self.symmetric is None else self.symmetric
+        return LayerPlan(self.density_gap, self.n_of_m, self.wbits, self.group_size, symmetric)
 
 
 class Recipe(_Frozen):

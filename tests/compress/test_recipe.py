@@ -62,6 +62,13 @@ def test_a_pattern_says_the_sparsity():
     assert recipe.steps == [("prune", "sparsegpt")]
 
 
+@pytest.mark.parametrize(
+    ("wbits", "asked", "symmetric"), [(4, None, True), (3, None, False), (2, True, True), (8, False, False)]
+)
+def test_few_bits_get_zero_points_unless_told_otherwise(wbits, asked, symmetric):
+    assert Recipe(model="m", target={"wbits": wbits, "symmetric": asked}).target.layer_plan().symmetric == symmetric
+
+
 def test_differences_name_the_keys():
     other = Recipe(model="m", target={"sparsity": 0.5}, calib={"seed": 3}, options={"sparsegpt": {"damping": 0.1}})
     assert Recipe(**OK).differences(other) == ["calib.seed", "options.sparsegpt.damping"]
