@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from compress.calib.data import bos_token_id
+from compress.calib.skeleton import quiet
 from compress.calib.weight_files import WeightFiles
 from compress.errors import InputError, RunError
 
@@ -42,7 +43,8 @@ def self_generated_windows(
             f"{folder}: a text cannot be started, the tokenizer has neither BOS nor EOS: use a file or builtin"
         )
     length = seqlen - (bos is not None)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
     stops = model.generation_config.eos_token_id
     model.generation_config = GenerationConfig()  # the folder's own may ask for top_k or another temperature
     settings = GenerationConfig(
