@@ -6,7 +6,6 @@ length, and which parameter a layer belongs to. It is JSON: the metadata of a bl
 checkpoint.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -164,21 +163,6 @@ def decode(tensors: Mapping[str, Tensor], manifest: Any, where: str = "the block
             raise RunError(f"the mask of {name} in {where} does not have rows of {length} weights: restore this file")
         masks[name] = unpack_mask(bits, length)
     return Contents(layers, left, masks)
-
-
-def to_metadata(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """A manifest as the metadata of a safetensors file."""
-    return {QUANT_METHOD: json.dumps(manifest, separators=(",", ":"))}
-
-
-def from_metadata(metadata: Mapping[str, str], where: str) -> Any:
-    """The manifest in a safetensors file's metadata, not yet checked. Raises RunError if it is missing or no JSON."""
-    try:
-        return json.loads(metadata[QUANT_METHOD])
-    except (KeyError, ValueError) as error:
-        raise RunError(
-            f"{where} has no readable manifest: it is damaged, or no file of compress; restore it"
-        ) from error
 
 
 def refusal(layers: Sequence[StoredLayer]) -> str | None:

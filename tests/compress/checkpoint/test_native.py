@@ -5,20 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.calib.weight_files import read_all
 from compress.checkpoint.native import (
     Contents,
     NativeFiles,
     decode,
     encode,
-    from_metadata,
     layer_tensors,
     quantization_config,
     refusal,
-    to_metadata,
 )
 from compress.errors import InputError, RunError
-from compress.files import write_tensors
 
 
 @settings(max_examples=60, deadline=None)
@@ -71,16 +67,6 @@ def test_the_tensors_and_the_manifest_are_those_documented(make_layer):
         },
         "masks": {"m.up": 9},
     }
-
-
-def test_the_manifest_travels_in_the_metadata_of_a_file(tmp_path, make_layer):
-    tensors, manifest = encode(Contents([make_layer("a")]))
-    write_tensors(tmp_path / "b.safetensors", tensors, to_metadata(manifest))
-    read, metadata = read_all(tmp_path / "b.safetensors")
-    assert decode(read, from_metadata(metadata, "b")).layers[0].name == "a"
-    for damaged in ({}, {"compress": "{"}):
-        with pytest.raises(RunError, match="b has no readable manifest"):
-            from_metadata(damaged, "b")
 
 
 def test_two_things_of_one_name_are_refused(make_layer):
