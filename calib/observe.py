@@ -52,7 +52,7 @@ def observe(
     """Statistics of each layer's input over all sequences; layers that read the same tensor get the same object.
 
     `hidden`: sequences [1, tokens, hidden_size] that enter the block, walked once. `needs` names fields of LayerStats
-    (`x_sq`, `hessian`). Products are made in float32 for each sequence and summed in float64, so the sums do not
+    (`x_sum`, `x_sq`, `hessian`). Products are made in float32 for each sequence and summed in float64, so the sums do not
     depend on how sequences are dealt out.
     """
     layers = [layer for layer in layers if layer.index is not None or shared[layer.name] == layer.name]
@@ -72,6 +72,7 @@ class _Sums:
     def __init__(self, needs: frozenset[str], take: int):
         self.needs, self.take = needs, take
         self.n_tokens = 0
+        self.x_sum: Tensor | None = None
         self.x_sq: Tensor | None = None
         self.hessian: Tensor | None = None
         self.sample: list[Tensor] = []
@@ -82,6 +83,9 @@ class _Sums:
             return
         self.n_tokens += len(x)
         self.sample.append(x[:: max(1, len(x) // self.take)][: self.take].clone())
+        if "x_sum" in self.needs:
+            total = x.sum(0)
+            self.x_sum = total.double() if self.x_sum is None else self.x_sum.add_(total)
         if "x_sq" in self.needs:
             square = x.square().sum(0)
             self.x_sq = square.double() if self.x_sq is None else self.x_sq.add_(square)
@@ -97,11 +101,13 @@ class _Sums:
             noise = torch.eye(layer.shape[1], device=layer.stored.device)
             return LayerStats(
                 n_tokens=0,
+                x_sum=torch.zeros_like(noise[0]) if "x_sum" in self.needs else None,
                 x_sq=noise.diagonal().clone() if "x_sq" in self.needs else None,
                 hessian=noise if "hessian" in self.needs else None,
             )
         return LayerStats(
             n_tokens=self.n_tokens,
+            x_sum=None if self.x_sum is None else self.x_sum.float(),
             x_sq=None if self.x_sq is None else self.x_sq.float(),
             hessian=None if self.hessian is None else _mirrored(self.hessian),
             sample=torch.cat(self.sample),

@@ -18,9 +18,12 @@ class LayerStats:
     """
 
     n_tokens: int
+    x_sum: Tensor | None = None  # [in]      float32, sum of each input channel
     x_sq: Tensor | None = None  # [in]      float32, sum of squares of each input channel
     hessian: Tensor | None = None  # [in, in] float32, sum of x xᵀ
     sample: Tensor | None = None  # [k, in]  float32, a few inputs, to measure output errors with
+    grad_sq: Tensor | None = None  # [out, in] float32, of the weight; calib/gradients.py says what mean it is
+    grad_abs: Tensor | None = None  # [out, in] float32, likewise
     factors: dict[Any, tuple[Tensor, float]] = field(default_factory=dict, compare=False)  # already made of `hessian`
 
     @property

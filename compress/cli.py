@@ -54,10 +54,17 @@ def run(
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML recipe; flags override it.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Share of the blocks' weights to remove, 0 to 1.")] = None,
-    pattern: Annotated[str | None, typer.Option(help="unstructured, or n:m with n kept of every m (2:4, 4:8).")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="unstructured, n:m with n kept of every m (2:4, 4:8), or blocks (16x16).")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="Unstructured scores compete within a row or the layer.", show_default="row")
+    ] = None,
     pruner: Annotated[
         str | None, typer.Option(help="A method of `compress methods`.", show_default="sparsegpt")
     ] = None,
+    refine: Annotated[str | None, typer.Option(help="What improves the pruner's mask, such as dsnot.")] = None,
+    train: Annotated[str | None, typer.Option(help="Text that methods which train learn from, such as atp.")] = None,
     wbits: Annotated[int | None, typer.Option(help="Bits a weight: 2, 3, 4 or 8.")] = None,
     group_size: Annotated[
         int | None, typer.Option(help="Inputs that share a scale; -1: one an output channel.", show_default="128")
@@ -95,6 +102,9 @@ def run(
     nsamples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="128")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens a sequence.", show_default="2048")] = None,
     seed: Annotated[int | None, typer.Option(help="Which sequences are taken.", show_default="0")] = None,
+    refresh_gradients: Annotated[
+        int | None, typer.Option(help="Blocks after which gradients are taken anew.", show_default="0: never")
+    ] = None,
     format: Annotated[
         str | None, typer.Option(help="auto, compressed-tensors, gptq or native.", show_default="auto")
     ] = None,
@@ -115,11 +125,12 @@ def run(
     as_json: Json = False,
 ) -> None:
     flags = {
-        "model": model, "pruner": pruner, "quantizer": quantizer, "sequential": sequential, "format": format,
+        "model": model, "pruner": pruner, "refine": refine, "train": train, "quantizer": quantizer, "sequential": sequential, "format": format,
         "dtype": dtype, "revision": revision,
-        "target": {"sparsity": sparsity, "pattern": pattern, "wbits": wbits, "group_size": group_size,
+        "target": {"sparsity": sparsity, "pattern": pattern, "compare": compare, "wbits": wbits, "group_size": group_size,
                    "symmetric": symmetric, "head_bits": head_bits, "allocate": allocate},
-        "calib": {"source": calib, "nsamples": nsamples, "seqlen": seqlen, "seed": seed},
+        "calib": {"source": calib, "nsamples": nsamples, "seqlen": seqlen, "seed": seed,
+                  "refresh_gradients": refresh_gradients},
         "options": _settings(settings or []),
     }  # fmt: skip
     from compress.commands import run_command

@@ -19,7 +19,7 @@ from compress.recipe import Recipe
 from compress.report import Report, duration, size, table
 from compress.run_dir import Finished, Journal
 from compress.sources import resolve_model
-from compress.steps import VERBS, methods
+from compress.steps import STAGES, methods
 
 
 def pick_device(name: str) -> str:
@@ -135,7 +135,7 @@ def methods_command() -> Report:
     """`compress methods`."""
     data: list[dict[str, Any]] = []
     tables: list[Any] = []
-    for stage in VERBS:
+    for stage in STAGES:
         rows = []
         for name, module in methods(stage).items():
             options = {

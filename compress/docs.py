@@ -7,17 +7,17 @@ to date, and exits 1 if not.
 import sys
 from pathlib import Path
 
-from compress.steps import VERBS, methods
+from compress.steps import STAGES, methods
 
 BEGIN, END = "<!-- methods: written by `make docs` -->", "<!-- end of methods -->"
-STAGES = {"allocate": "Where it goes", "prune": "Prune", "quantize": "Quantize"}
+TITLES = {"allocate": "Where it goes", "prune": "Prune", "refine": "Refine the mask", "quantize": "Quantize"}
 
 
 def methods_page() -> str:
     """METHODS.md: every method's docstring and options."""
     parts = ["# Methods", "", "Written by `make docs` from the modules themselves; change those.", ""]
-    for stage in VERBS:
-        parts += [f"## {STAGES[stage]}", ""]
+    for stage in STAGES:
+        parts += [f"## {TITLES[stage]}", ""]
         for name, module in methods(stage).items():
             parts += [f"### `{name}`", "", (module.__doc__ or "").strip(), ""]
             if module.NEEDS:
@@ -31,10 +31,10 @@ def methods_page() -> str:
 def methods_table() -> str:
     """The table of methods for README.md."""
     rows = ["| | method | what it does |", "|---|---|---|"]
-    for stage in VERBS:
+    for stage in STAGES:
         for name, module in methods(stage).items():
             about = (module.__doc__ or "").strip().splitlines()[0].partition(": ")[2]
-            rows.append(f"| {STAGES[stage].lower()} | `{name}` | {about} |")
+            rows.append(f"| {TITLES[stage].lower()} | `{name}` | {about} |")
     return "\n".join(rows)
 
 

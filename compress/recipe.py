@@ -24,13 +24,15 @@ class Calibration(_Frozen):
     nsamples: int = Field(128, ge=1, description="sequences")
     seqlen: int = Field(2048, ge=8, description="tokens a sequence, the leading BOS included")
     seed: int = Field(0, ge=0, lt=2**63, description="which sequences are taken")
+    refresh_gradients: int = Field(0, ge=0, description="blocks after which gradients are taken anew; 0: never")
 
 
 class Target(_Frozen):
     """What the model is asked to become."""
 
     sparsity: float = Field(0.0, ge=0.0, lt=1.0, description="share of the blocks' weights to remove")
-    pattern: str = Field("unstructured", description="unstructured, or n:m with n kept of every m inputs, such as 2:4")
+    pattern: str = Field("unstructured", description="unstructured, n:m (n kept of every m inputs), or blocks as 16x16")
+    compare: Literal["row", "layer"] = Field("row", description="what unstructured scores are compared within")
     wbits: Literal[2, 3, 4, 8, 16] = Field(16, description="bits a weight; 16 leaves weights as they are")
     group_size: int = Field(128, description="inputs that share a scale; -1: one scale an output channel")
     symmetric: bool | None = Field(None, description="zero in the middle of the codes; False: stored zero points")
@@ -42,8 +44,13 @@ class Target(_Frozen):
     def _readable(cls, pattern: str) -> str:
         if pattern != "unstructured":
             n, colon, m = pattern.partition(":")
-            if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
-                raise ValueError("should be unstructured, or n:m with n kept of every m inputs, such as 2:4")
+            rows, cross, columns = pattern.partition("x")
+            n_of_m = colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)
+            blocks = cross and rows.isdecimal() and columns.isdecimal() and 0 < int(rows) and 0 < int(columns)
+            if not (n_of_m or blocks):
+                raise ValueError(
+                    "should be unstructured, n:m with n kept of every m inputs, such as 2:4, or blocks such as 16x16"
+                )
         return pattern
 
     @model_validator(mode="after")
@@ -56,11 +63,19 @@ class Target(_Frozen):
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:
-        """(n kept, of m), or None if unstructured."""
-        if self.pattern == "unstructured":
+        """(n kept, of m), or None for another pattern."""
+        if ":" not in self.pattern:
             return None
         n, m = self.pattern.split(":")
         return int(n), int(m)
+
+    @property
+    def block(self) -> tuple[int, int] | None:
+        """(outputs, inputs) of the blocks that are pruned whole, or None for another pattern."""
+        if "x" not in self.pattern:
+            return None
+        rows, columns = self.pattern.split("x")
+        return int(rows), int(columns)
 
     @property
     def density_gap(self) -> float:
@@ -71,7 +86,9 @@ class Target(_Frozen):
         """The same for a single layer, before an allocation moves it."""
         # More readers take symmetric weights; below four bits a grid that fits is worth more (README, table).
         symmetric = self.wbits >= 4 if self.symmetric is None else self.symmetric
-        return LayerPlan(self.density_gap, self.n_of_m, self.wbits, self.group_size, symmetric)
+        return LayerPlan(
+            self.density_gap, self.n_of_m, self.block, self.compare, self.wbits, self.group_size, symmetric
+        )
 
 
 class Recipe(_Frozen):
@@ -83,6 +100,8 @@ class Recipe(_Frozen):
     calib: Calibration = Calibration()
     target: Target = Target()
     pruner: str | None = None
+    refine: str | None = Field(None, description="what improves the mask that the pruner chose")
+    train: str | None = Field(None, description="text that methods which train the model learn from")
     quantizer: str | None = None
     sequential: bool = Field(False, description="within a block, calibrate each layer on already compressed ones")
     format: str = Field("auto", description="auto, compressed-tensors, gptq or native")
@@ -94,6 +113,8 @@ class Recipe(_Frozen):
         prunes, quantizes = target.density_gap > 0, target.wbits < 16
         if self.pruner and not prunes:
             raise ValueError(f"pruner {self.pruner} has nothing to do: give --sparsity or --pattern")
+        if self.refine and not prunes:
+            raise ValueError(f"refine {self.refine} has nothing to do: give --sparsity or --pattern")
         if self.quantizer and not quantizes:
             raise ValueError(f"quantizer {self.quantizer} has nothing to do: give --wbits")
         if not (prunes or quantizes or target.head_bits < 16):
@@ -106,6 +127,8 @@ class Recipe(_Frozen):
         steps = []
         if self.target.density_gap > 0:
             steps.append(("prune", PRUNER if self.pruner is None else self.pruner))
+            if self.refine is not None:
+                steps.append(("refine", self.refine))
         if self.target.wbits < 16:
             steps.append(("quantize", QUANTIZER if self.quantizer is None else self.quantizer))
         return steps

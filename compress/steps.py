@@ -1,4 +1,4 @@
-"""Find a method by name: the file compress/<stage>/<name>.py is the method."""
+"""Find a method by name: the file compress/<folder>/<name>.py is the method, and the verb it defines says its stage."""
 
 import pkgutil
 from collections.abc import Callable
@@ -15,7 +15,12 @@ from compress.options import MethodOptions
 from compress.recipe import Recipe, validation_line
 from compress.task import LayerTask
 
-VERBS = {"allocate": "allocate_layers", "prune": "prune_layer", "quantize": "quantize_layer"}  # by stage
+STAGES = {  # stage: the folder of its methods, and the verbs that make a file one of them
+    "allocate": ("allocate", ("allocate_layers",)),
+    "prune": ("prune", ("prune_layer", "prune_model")),
+    "refine": ("prune", ("refine_layer",)),
+    "quantize": ("quantize", ("quantize_layer",)),
+}
 
 
 @dataclass(frozen=True)
@@ -31,13 +36,23 @@ class Step:
 
 def methods(stage: str) -> dict[str, ModuleType]:
     """Every method of a stage by name, in alphabetical order."""
-    folder = import_module(f"compress.{stage}")
+    folder, verbs = STAGES[stage]
     found = {}
-    for entry in pkgutil.iter_modules(folder.__path__):
-        module = import_module(f"compress.{stage}.{entry.name}")
-        if hasattr(module, VERBS[stage]):
+    for entry in pkgutil.iter_modules(import_module(f"compress.{folder}").__path__):
+        module = import_module(f"compress.{folder}.{entry.name}")
+        if any(hasattr(module, verb) for verb in verbs):
             found[entry.name.replace("_", "-")] = module
     return found
+
+
+def verb_of(stage: str, module: ModuleType) -> str:
+    """The verb with which a method serves a stage."""
+    return next(verb for verb in STAGES[stage][1] if hasattr(module, verb))
+
+
+def whole_model(stage: str, name: str) -> bool:
+    """Whether a method works on a whole model rather than on one layer at a time."""
+    return verb_of(stage, find_method(stage, name)).endswith("_model")
 
 
 def find_method(stage: str, name: str) -> ModuleType:
@@ -59,7 +74,10 @@ def find_options(stage: str, name: str, values: dict[str, Any]) -> MethodOptions
 
 
 def find_steps(recipe: Recipe) -> list[Step]:
-    """The steps of a recipe, in order. Raises InputError for an unknown method, option or unused options table."""
+    """What each layer goes through, in order; methods of the whole model are not among them.
+
+    Raises InputError for an unknown method, option or unused options table.
+    """
     used = {name for _, name in recipe.steps} | {recipe.target.allocate}
     if unused := [name for name in recipe.options if name not in used]:
         raise InputError(f"options for {unused[0]}, which this recipe does not use (it uses {', '.join(sorted(used))})")
@@ -67,7 +85,9 @@ def find_steps(recipe: Recipe) -> list[Step]:
     for stage, name in recipe.steps:
         method = find_method(stage, name)
         options = find_options(stage, name, recipe.options.get(name, {}))
-        verb = getattr(method, VERBS[stage])
+        if whole_model(stage, name):
+            continue
+        verb = getattr(method, verb_of(stage, method))
         steps.append(Step(stage, name, frozenset(method.NEEDS), options, _bound(verb, options)))
     return steps
 

@@ -8,10 +8,11 @@ import torch
 from tasks import error, random_task
 
 from compress.calib.stats import LayerStats
-from compress.steps import VERBS, methods
+from compress.steps import STAGES, methods, verb_of
 from compress.task import LayerPlan
 
-PRUNERS, QUANTIZERS = methods("prune"), methods("quantize")
+PRUNERS = {name: m for name, m in methods("prune").items() if hasattr(m, "prune_layer")}
+REFINERS, QUANTIZERS = methods("refine"), methods("quantize")
 PLANS = [
     LayerPlan(sparsity=0.5),
     LayerPlan(sparsity=0.7),
@@ -24,7 +25,7 @@ GRIDS = [LayerPlan(wbits=b, group_size=g, symmetric=s) for b in (2, 3, 4, 8) for
 
 
 def apply(stage, module, task, **options):
-    return getattr(module, VERBS[stage])(task, module.Options(**options))
+    return getattr(module, verb_of(stage, module))(task, module.Options(**options))
 
 
 def only_needed(task, module):
@@ -33,7 +34,7 @@ def only_needed(task, module):
     return replace(task, stats=LayerStats(task.stats.n_tokens, **given))
 
 
-@pytest.mark.parametrize("stage", VERBS)
+@pytest.mark.parametrize("stage", STAGES)
 def test_every_method_says_what_it_is_where_it_is_from_and_what_can_be_set(stage):
     assert methods(stage)
     for name, module in methods(stage).items():
