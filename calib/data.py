@@ -38,17 +38,33 @@ def calibration_windows(source: str, tokenizer: Any, nsamples: int, seqlen: int,
     needs. Windows lie side by side; the seed chooses among them.
     Raises InputError if the source is out of reach or has too little text: fewer windows are never given silently.
     """
-    bos, length = _layout(tokenizer, seqlen)
-    text = read_text(source, "calibration", seed)
-    tokens = _tokens(text, tokenizer) if isinstance(text, str) else _document_tokens(text, tokenizer, nsamples * length)
-    available = len(tokens) // length
+    bos, windows = _shuffled_windows(source, tokenizer, nsamples, seqlen, seed)
+    available = len(windows)
     if available < nsamples:
         raise InputError(
             f"{source} gives {available} windows of {seqlen} tokens, not {nsamples}: "
             f"lower --nsamples{f' to {available}' if available else ''} or --seqlen, or use a longer text"
         )
-    chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:nsamples]
-    return _with_bos(tokens[: available * length].view(available, length)[chosen], bos)
+    return _with_bos(windows[:nsamples], bos)
+
+
+def training_windows(source: str, tokenizer: Any, at_most: int, seqlen: int, seed: int) -> Tensor:
+    """As many windows of a source's text as it has, up to `at_most`, in the order and form of `calibration_windows`.
+
+    int64 [n, seqlen]; n is 0 for a text shorter than a window.
+    """
+    bos, windows = _shuffled_windows(source, tokenizer, at_most, seqlen, seed)
+    return _with_bos(windows[:at_most], bos)
+
+
+def _shuffled_windows(source: str, tokenizer: Any, enough: int, seqlen: int, seed: int) -> tuple[int | None, Tensor]:
+    """The BOS, and windows of a source without it, [n, length], shuffled; documents give no more than `enough`."""
+    bos, length = _layout(tokenizer, seqlen)
+    text = read_text(source, "calibration", seed)
+    tokens = _tokens(text, tokenizer) if isinstance(text, str) else _document_tokens(text, tokenizer, enough * length)
+    available = len(tokens) // length
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+    return bos, tokens[: available * length].view(available, length)[order]
 
 
 def evaluation_windows(source: str, tokenizer: Any, seqlen: int, max_windows: int | None = None) -> Tensor:

@@ -27,7 +27,7 @@ class HiddenStates:
             folder.mkdir(parents=True, exist_ok=True)
             self.file = folder / "hidden_states.bin"
             try:
-                _reserve(self.file, size * first.element_size())
+                reserve(self.file, size * first.element_size())
                 flat = torch.from_file(str(self.file), shared=True, size=size, dtype=first.dtype)
             finally:
                 self.file.unlink(missing_ok=True)  # the mapping keeps it; whatever ends the process frees the space
@@ -53,12 +53,16 @@ class HiddenStates:
         del self._store
 
 
-def _reserve(file: Path, size: int) -> None:
-    """Make a file of `size` bytes that the disk has: a full disk would end the process where a mapping is written."""
+def reserve(file: Path, size: int) -> None:
+    """Make a file of `size` bytes that the disk has: a full disk would end the process where a mapping is written.
+
+    Raises RunError if there is no room.
+    """
     with file.open("wb") as opened:
         try:
             os.posix_fallocate(opened.fileno(), 0, size)
         except OSError as error:
+            file.unlink()
             raise RunError(
                 f"{file} needs {size / 2**30:.1f} GiB for hidden states ({error.strerror}): free some space, or use "
                 "fewer --nsamples; everything finished is kept"

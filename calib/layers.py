@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+PRODUCTS = (torch.nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)  # of experts
 ROUTERS = ("gate", "router", "shared_expert_gate")  # small layers that choose experts: they stay dense
 
 

@@ -51,6 +51,10 @@ class Block:
     @torch.no_grad()
     def __call__(self, hidden: Tensor) -> Tensor:
         """Hidden states in, hidden states out: [1, tokens, hidden_size]."""
+        return self.forward(hidden)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The same, recorded by autograd where it is on."""
         args, kwargs = self._model.calls[hidden.shape[1]][self.index]
         out = self.module(hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
@@ -195,11 +199,17 @@ class Model:
     def blocks(self) -> Iterator[Block]:
         """Each block in turn, loaded; the one before is freed."""
         for index in range(self.n_blocks):
-            block = self.load_block(index)
-            try:
+            with self.loaded(index) as block:
                 yield block
-            finally:
-                self._free(index)
+
+    @contextlib.contextmanager
+    def loaded(self, index: int) -> Iterator[Block]:
+        """One block with its weights in memory, until the context ends."""
+        block = self.load_block(index)
+        try:
+            yield block
+        finally:
+            self._free(index)
 
     def load_block(self, index: int) -> Block:
         """One block with its weights in memory."""
@@ -266,6 +276,10 @@ class Model:
 
         Final norm and head treat each position alone, so any slice of positions may be given.
         """
+        return self.head(hidden)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """The same, recorded by autograd where it is on."""
         tokens = torch.zeros(1, hidden.shape[1], dtype=torch.long, device=self.device)
         return self._run(tokens, [_Passer(self, 0, hidden)]).logits
 

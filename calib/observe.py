@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from compress.calib.layers import Layer
+from compress.calib.layers import PRODUCTS, Layer
 from compress.calib.model import Block
 from compress.calib.stats import LayerStats
 
@@ -143,7 +143,7 @@ class _Watch(TorchFunctionMode):
             super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
+        if func in PRODUCTS:
             layer = self.slices.get(args[1].data_ptr())
             if layer is not None:
                 self.see(layer, args[0])

@@ -24,7 +24,7 @@ class LayerStats:
     sample: Tensor | None = None  # [k, in]  float32, a few inputs, to measure output errors with
     grad_sq: Tensor | None = None  # [out, in] float32, of the weight; calib/gradients.py says what mean it is
     grad_abs: Tensor | None = None  # [out, in] float32, likewise
-    factors: dict[Any, tuple[Tensor, float]] = field(default_factory=dict, compare=False)  # already made of `hessian`
+    factors: dict[Any, Any] = field(default_factory=dict, compare=False)  # what was already made of `hessian`, by what
 
     @property
     def finite(self) -> bool:
@@ -46,6 +46,23 @@ class LayerStats:
     def measured_on(self) -> str:
         """What stands for H: the Hessian, a sample of its tokens, or, without calibration, the weights alone."""
         return "hessian" if self.hessian is not None else "weights" if self.sample is None else "sample"
+
+
+def unit_hessian(stats: LayerStats, damping: float) -> tuple[Tensor, Tensor]:
+    """The damped Hessian with inputs measured in units of their norm: R⁻¹ H R⁻¹ [in, in] and the root R [in].
+
+    `damping` is a share of the mean diagonal of H added to its diagonal; R is the square root of the damped diagonal, so
+    that the result has a unit diagonal. Layers that share statistics share it.
+    """
+    assert stats.hessian is not None  # the method's NEEDS asks for it
+    key = ("unit", damping)
+    if key not in stats.factors:
+        diagonal = stats.hessian.diagonal()
+        root = (diagonal + damping * diagonal.mean()).clamp(min=torch.finfo(diagonal.dtype).tiny).sqrt()
+        unit = stats.hessian / root / root.unsqueeze(1)
+        unit.diagonal().fill_(1.0)
+        stats.factors[key] = unit, root
+    return stats.factors[key]
 
 
 def inverse_factor(stats: LayerStats, damping: float, order: Tensor | None = None) -> tuple[Tensor, float]:

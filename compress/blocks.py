@@ -1,11 +1,13 @@
 """The loop over transformer blocks: observe, apply every step to every layer, save, move on."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from compress.calib.gradients import FIELDS
 from compress.calib.hidden import HiddenStates
 from compress.calib.layers import Layer
 from compress.calib.model import Block, Model
@@ -15,6 +17,7 @@ from compress.checkpoint.native import Contents, decode, encode
 from compress.checkpoint.stored import StoredLayer
 from compress.clock import Clock
 from compress.errors import RunError
+from compress.gradients import Gradients
 from compress.kernels.weights import IntWeight
 from compress.plan import PlannedLayer
 from compress.progress import Reporter
@@ -32,11 +35,17 @@ class Work:
     plans: dict[str, PlannedLayer]
     run: RunDir
     sequential: bool
+    refresh_gradients: int = 0  # blocks after which gradients are taken anew; 0: never
 
     @property
     def needs(self) -> frozenset[str]:
         """The statistics that the steps read."""
         return frozenset[str]().union(*(step.needs for step in self.steps))
+
+    @property
+    def gradients(self) -> Gradients:
+        """Those of the needs that are not statistics of an input."""
+        return Gradients(self.model, self.run, self.needs & FIELDS, self.refresh_gradients)
 
 
 @dataclass(frozen=True)
@@ -72,27 +81,46 @@ def compress_blocks(work: Work, tokens: Tensor | None, reporter: Reporter) -> No
 
     `tokens`: [nsamples, seqlen] int64, or None if no step needs calibration.
     """
+    hidden = None
+    if tokens is not None:  # gradients first, while there is one sequence's hidden states in memory at a time
+        _take_gradients(work, 0, tokens, (work.model.embed(window) for window in tokens), reporter)
     clock = Clock()
-    hidden = None if tokens is None else _embed(work, tokens)
+    if tokens is not None:
+        hidden = _embed(work, tokens)
     clock.lap("embed")
     with reporter.stage("block", work.model.n_blocks) as stage:
-        for block in work.model.blocks():
-            clock.lap("load")
-            key = block_key(block.index)
-            if work.run.has(key):
-                note = _replay(work, block)
-                clock.lap("load")
-            else:
-                note = _compress_block(work, block, hidden, clock)
-            if hidden is not None and block.index + 1 < work.model.n_blocks:
-                for index in range(len(hidden)):
-                    hidden[index] = block(hidden[index])
-            clock.lap("forward")
-            work.run.journal.write(event="block", block=block.index, seconds=_rounded(clock.seconds))
-            clock = Clock()
+        for index in range(work.model.n_blocks):
+            note = _advance(work, index, hidden, clock)
+            work.run.journal.write(event="block", block=index, seconds=_rounded(clock.seconds))
             stage.step(note)
+            if tokens is not None and hidden is not None:
+                _take_gradients(work, index + 1, tokens, hidden, reporter)
+            clock = Clock()
     if hidden is not None:
         hidden.close()
+
+
+def _advance(work: Work, index: int, hidden: HiddenStates | None, clock: Clock) -> str:
+    """Compress or replay one block and take the hidden states through it. Returns a line about it for the reader."""
+    with work.model.loaded(index) as block:
+        clock.lap("load")
+        if work.run.has(block_key(index)):
+            note = _replay(work, block)
+            clock.lap("load")
+        else:
+            note = _compress_block(work, block, hidden, clock)
+        if hidden is not None and index + 1 < work.model.n_blocks:
+            for j in range(len(hidden)):
+                hidden[j] = block(hidden[j])
+        clock.lap("forward")
+    return note
+
+
+def _take_gradients(work: Work, index: int, tokens: Tensor, hidden: Iterable[Tensor], reporter: Reporter) -> None:
+    """The gradients that belong before a block, if there are any and a block that they are for is not finished."""
+    gradients = work.gradients
+    if gradients.due(index) and not all(work.run.has(block_key(each)) for each in gradients.span(index)):
+        gradients.take(index, tokens, hidden, reporter)
 
 
 def _embed(work: Work, tokens: Tensor) -> HiddenStates:
@@ -132,10 +160,11 @@ def _compress_block(work: Work, block: Block, hidden: HiddenStates | None, clock
         groups = [[layer for group in groups for layer in group]]
     finished: list[Finished] = []
     for group in groups:
-        stats = observe(block, group, hidden, work.needs, shared) if hidden is not None else {}
+        stats = observe(block, group, hidden, work.needs - FIELDS, shared) if hidden is not None else {}
         clock.lap("observe")
         for layer in group:
-            finished.append(_compress_layer(work, layer, stats.pop(layer.name, LayerStats(0))))
+            seen = replace(stats.pop(layer.name, LayerStats(0)), **work.gradients.of(block.index, layer.name))
+            finished.append(_compress_layer(work, layer, seen))
         clock.lap("solve")
     for layer in block.layers:
         if layer.name not in shared:

@@ -1,6 +1,5 @@
 """The command line: reads flags, calls the rest, prints. Results go to stdout, progress and errors to stderr."""
 
-import json
 import sys
 import traceback
 from pathlib import Path
@@ -9,16 +8,18 @@ from typing import Annotated, Any
 import typer
 
 from compress import __version__
-from compress.errors import CompressError, InputError, RunError
+from compress.cli_bench import bench, sweep
+from compress.errors import failure
+from compress.flags import Device, Json, ModelName, given
+from compress.report import show
 
 INTERRUPTED = 130  # what a shell reports of a process ended by Ctrl-C
 USAGE_ERROR: Any = typer.BadParameter.__base__  # typer brings a click of its own
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of tables.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
-ModelName = Annotated[str, typer.Argument(help="An alias (llama-7b), a hub id, a folder, or a .gguf file.")]
+app.add_typer(bench, name="bench")
+app.command(help=sweep.__doc__)(sweep)
 
 RUN_EXAMPLES = """
 Prune, quantize and save a causal language model, one transformer block in memory at a time.
@@ -124,6 +125,10 @@ def run(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
+    from compress.commands import run_command
+    from compress.recipe import read_recipe
+    from compress.settings import method_options
+
     flags = {
         "model": model, "pruner": pruner, "refine": refine, "train": train, "quantizer": quantizer, "sequential": sequential, "format": format,
         "dtype": dtype, "revision": revision,
@@ -131,14 +136,12 @@ def run(
                    "symmetric": symmetric, "head_bits": head_bits, "allocate": allocate},
         "calib": {"source": calib, "nsamples": nsamples, "seqlen": seqlen, "seed": seed,
                   "refresh_gradients": refresh_gradients},
-        "options": _settings(settings or []),
+        "options": method_options(settings or []),
     }  # fmt: skip
-    from compress.commands import run_command
-
-    read = _recipe(recipe, flags)
+    read = read_recipe(recipe, given(flags))
     target = out or _beside(read.model)
     result = run_command(read, target, evaluate, eval_windows, dry_run, device)
-    _show(result, as_json)
+    show(result, as_json)
 
 
 @app.command()
@@ -166,33 +169,7 @@ def eval(
     """
     from compress.commands import eval_command
 
-    _show(eval_command(checkpoint, ppl or ["wikitext2"], seqlen, max_windows, device), as_json)
-
-
-@app.command()
-def bench(
-    model: ModelName,
-    ppl: Annotated[str, typer.Option(help="Text to measure perplexity on: wikitext2, ptb, builtin, or a file.")],
-    out: Annotated[Path, typer.Option(help="Folder for the runs; finished ones are not repeated.")],
-    calib: Annotated[str, typer.Option(help="Calibration text.")] = "c4",
-    nsamples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
-    seqlen: Annotated[int, typer.Option(help="Tokens a sequence and a window.")] = 512,
-    max_windows: Annotated[int, typer.Option(min=1, help="Windows of the text.")] = 32,
-    only: Annotated[
-        list[str] | None, typer.Option(help="Names of the settings to run; may be repeated.", show_default="all")
-    ] = None,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Compress a model in every standard way, measure each against the dense model, and print one table.
-
-    [bold]Example[/bold]
-
-      compress bench gemma-3-270m --calib valid.txt --ppl test.txt --out bench
-    """
-    from compress.bench import bench as measure
-
-    _show(measure(model, out, (calib, nsamples, seqlen), (ppl, max_windows), only or [], device), as_json)
+    show(eval_command(checkpoint, ppl or ["wikitext2"], seqlen, max_windows, device), as_json)
 
 
 @app.command()
@@ -203,7 +180,7 @@ def inspect(
     """Show what a checkpoint or a run holds: every layer, its bits, its zeros, its error, and where the time went."""
     from compress.commands import inspect_command
 
-    _show(inspect_command(path), as_json)
+    show(inspect_command(path), as_json)
 
 
 @app.command()
@@ -211,7 +188,7 @@ def methods(as_json: Json = False) -> None:
     """List the methods, what each is and what can be set."""
     from compress.commands import methods_command
 
-    _show(methods_command(), as_json)
+    show(methods_command(), as_json)
 
 
 @app.command()
@@ -219,7 +196,7 @@ def doctor(as_json: Json = False) -> None:
     """Say whether this machine is ready: versions, memory, disk, GPU, hub, demo model."""
     from compress.commands import doctor_command
 
-    _show(doctor_command(), as_json)
+    show(doctor_command(), as_json)
 
 
 def _beside(model: str) -> Path:
@@ -228,47 +205,6 @@ def _beside(model: str) -> Path:
     if name in ("", ".."):  # "." has no name of its own
         name = Path(model).resolve().name
     return Path(f"{name.removesuffix('.gguf')}-compressed")
-
-
-def _settings(pairs: list[str]) -> dict[str, dict[str, Any]]:
-    """`gptq.damping=0.05` as nested options; values are read as TOML where they can be."""
-    import tomllib
-
-    options: dict[str, dict[str, Any]] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        method, dot, name = key.partition(".")
-        if not (equals and method and dot and name):
-            raise InputError(f"--set {pair}: write METHOD.KEY=VALUE, such as gptq.damping=0.05")
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
-        options.setdefault(method, {})[name.replace("-", "_")] = value
-    return options
-
-
-def _recipe(file: Path | None, flags: dict[str, Any]) -> Any:
-    from compress.recipe import read_recipe
-
-    return read_recipe(file, _given(flags))
-
-
-def _given(flags: dict[str, Any]) -> dict[str, Any]:
-    """Flags without those the user left out."""
-    nested = {key: _given(value) if isinstance(value, dict) else value for key, value in flags.items()}
-    return {key: value for key, value in nested.items() if value is not None and value != {}}
-
-
-def _show(report: Any, as_json: bool) -> None:
-    """Print a report: its data as JSON, or its tables."""
-    if as_json:
-        typer.echo(json.dumps(report.data))
-    else:
-        from rich.console import Console
-
-        wide = None if sys.stdout.isatty() else 160  # a file or a pipe has no edge to wrap at
-        Console(highlight=False, markup=False, emoji=False, width=wide).print(*report.tables, sep="\n")
 
 
 def main() -> None:
@@ -284,23 +220,9 @@ def main() -> None:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        code, line = _line(error)
+        code, line = failure(error, "--debug shows where")
     if code == INTERRUPTED:
         line = "stopped: the same command goes on from here"
     if line:
         print(f"error: {line}", file=sys.stderr)
     sys.exit(code)
-
-
-def _line(error: Exception) -> tuple[int, str]:
-    """Exit code and line of an exception."""
-    if isinstance(error, CompressError):
-        return error.exit_code, str(error)
-    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error).lower():
-        mend = "use fewer or shorter --nsamples/--seqlen, or a machine with more memory; finished blocks are kept"
-        return RunError.exit_code, f"out of memory: {mend}"
-    if isinstance(error, OSError) and error.strerror:
-        where = f": {error.filename}" if error.filename else ""
-        return RunError.exit_code, f"the system says {error.strerror.lower()}{where} (--debug shows where)"
-    first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-    return RunError.exit_code, f"unexpected {type(error).__name__}: {first} (--debug shows where; please report it)"

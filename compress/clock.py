@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from pathlib import Path
 
 
 class Clock:
@@ -19,7 +20,16 @@ class Clock:
         self._last = now
 
 
+def forget_peak() -> bool:
+    """Let `peak_rss_bytes` start anew from what the process holds now. False where the system cannot (Linux can)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def peak_rss_bytes() -> int:
-    """The most memory this process ever held."""
+    """The most memory this process ever held, or held since `forget_peak`."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

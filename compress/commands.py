@@ -13,13 +13,14 @@ from compress.errors import InputError
 from compress.estimate import estimate
 from compress.evaluate import evaluate
 from compress.inspection import inspect, notes
-from compress.pipeline import compress
+from compress.pipeline import compress, open_model
 from compress.progress import Reporter, Stage
 from compress.recipe import Recipe
 from compress.report import Report, duration, size, table
 from compress.run_dir import Finished, Journal
 from compress.sources import resolve_model
 from compress.steps import STAGES, methods
+from compress.whole_model import estimate_whole_model, prunes_whole_model
 
 
 def pick_device(name: str) -> str:
@@ -51,11 +52,13 @@ def run_command(recipe: Recipe, out: Path, text: str | None, windows: int, dry_r
     """`compress run`: compress, then measure dense and compressed if asked."""
     reporter, device = Reporter(), pick_device(device)
     folder = find_model(recipe.model, recipe.revision, reporter)
-    _check_out(out, folder)
+    check_out(out, folder)
     if text is not None:
         check_source(text, "evaluation")  # not after hours of work
     if dry_run:
-        return estimate(recipe, folder, out, device)
+        if prunes_whole_model(recipe):
+            return estimate_whole_model(recipe, open_model(folder, recipe.dtype, device))
+        return estimate(recipe, folder, out, device, reporter)
     result = compress(recipe, folder, out, reporter, device)
     if text is not None:
         result = _with_perplexity(result, folder, out, (text, recipe.calib.seqlen, windows), reporter, device)
@@ -64,7 +67,7 @@ def run_command(recipe: Recipe, out: Path, text: str | None, windows: int, dry_r
     return Report(result, [_run_table(result), *said, closing])
 
 
-def _check_out(out: Path, folder: Path) -> None:
+def check_out(out: Path, folder: Path) -> None:
     """Raise InputError for an --out that cannot be a folder, or is one whose model would be overwritten."""
     if out.resolve() == folder.resolve():
         raise InputError(f"--out {out} is the model itself: choose another folder")

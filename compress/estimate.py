@@ -1,5 +1,6 @@
 """`compress run --dry-run`: the plan, and what it will cost, before anything is done."""
 
+import re
 import shutil
 import time
 from collections.abc import Iterable
@@ -8,24 +9,33 @@ from typing import Any
 
 import torch
 
+from compress.calib.gradients import FIELDS, LOGITS_AT_ONCE
 from compress.calib.model import Model
 from compress.calib.observe import shared_inputs, stages
 from compress.checkpoint.formats import choose_format
-from compress.pipeline import open_model
+from compress.measure import measures
+from compress.pipeline import open_model, rehearse_allocation
 from compress.plan import PlannedLayer, dense_bytes, n_parameters, plan_head, plan_layers
+from compress.progress import Reporter
 from compress.recipe import Recipe
 from compress.report import Report, duration, size, table
 from compress.steps import find_steps
+from compress.task import LayerPlan
 
 TOKENIZER = 10  # resident bytes for each byte of tokenizer.json
 IMPORTS = 450 * 2**20  # resident bytes of python, torch and transformers
 SECONDS_PER_COLUMN = 60e-6  # of one column's turn in a solver, apart from its arithmetic
 BYTES_PER_SECOND = 8e9  # of a rank-one update that runs through memory
 BLOCK_SIZE = 128  # columns a solver updates together
+BAR = 40  # characters that stand for all weights of a block
+EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
-def estimate(recipe: Recipe, folder: Path, out: Path, device: str) -> Report:
-    """What a run would do and need. Nothing is written, and one block at most is loaded."""
+def estimate(recipe: Recipe, folder: Path, out: Path, device: str, reporter: Reporter) -> Report:
+    """What a run would do and need. Nothing is left behind, and one block at most is loaded at a time.
+
+    A rule of allocation that measures the dense model does so, for the very plan the run will have.
+    """
     model = open_model(folder, recipe.dtype, device)
     steps = find_steps(recipe)
     layers, head = plan_layers(model, recipe), plan_head(model, recipe)
@@ -38,7 +48,13 @@ def estimate(recipe: Recipe, folder: Path, out: Path, device: str) -> Report:
     compressed = sum(p.numel() * width for p in kept.values()) + sum(layer.packed.nbytes for layer in planned)
     solvers = sum("hessian" in step.needs for step in steps)
     seconds = _seconds(model, layers, recipe, needs, solvers)
-    memory = _memory(model, layers, recipe, needs)
+    if measures(recipe):
+        started = time.monotonic()
+        layers = rehearse_allocation(model, recipe, layers, reporter)
+        seconds["allocate"] = time.monotonic() - started
+    memory, disk = _memory(model, layers, recipe, needs), 2 * compressed
+    if gradients := needs & FIELDS:
+        disk += _gradient_bytes(model, layers, recipe, len(gradients))
     free = shutil.disk_usage(_existing(out)).free
     data: dict[str, Any] = {
         "steps": [step.name for step in steps],
@@ -49,9 +65,10 @@ def estimate(recipe: Recipe, folder: Path, out: Path, device: str) -> Report:
         "peak_rss_bytes": memory,
         "seconds": round(sum(seconds.values()), 1),
         "seconds_by_stage": {name: round(value, 1) for name, value in seconds.items()},
-        "disk_bytes": 2 * compressed,
+        "disk_bytes": disk,
         "free_disk_bytes": free,
         "layers": len(layers),
+        "layer_sparsity": {layer.name: layer.plan.sparsity for layer in layers},
     }
     rows = [
         ["steps", " then ".join(data["steps"]) or "head only"],
@@ -61,24 +78,64 @@ def estimate(recipe: Recipe, folder: Path, out: Path, device: str) -> Report:
         ["time, about", duration(data["seconds"]) + " (measured speed of this machine, loading of data not counted)"],
         ["disk while it runs", f"{size(data['disk_bytes'])}; {size(free)} are free"],
     ]
-    return Report(data, [_plan_table(layers), "", table("", ["", ""], rows)])
+    return Report(data, [_plan_table(layers), *_picture(layers), "", table("", ["", ""], rows)])
 
 
 def _plan_table(layers: list[PlannedLayer]) -> Any:
-    """The layers of one kind as a row, if they share a plan."""
-    kinds: dict[tuple[str, ...], int] = {}
+    """The layers of one kind as a row."""
+    kinds: dict[tuple[str, ...], list[float]] = {}
     for layer in layers:
         plan = layer.plan
-        pattern = "unstructured" if plan.pattern is None else f"{plan.pattern[0]}:{plan.pattern[1]}"
-        pruning = f"{100 * plan.sparsity:.0f} % {pattern}" if plan.sparsity else "dense"
         group = "channel" if plan.group_size == -1 else str(plan.group_size)
         kind = "symmetric" if plan.symmetric else "asymmetric"
         bits = "16" if plan.wbits == 16 else f"{plan.wbits} {kind}, groups of {group}"
-        name = layer.name.split(f".{layer.block}.", 1)[-1]
-        key = (name.rstrip("0123456789").rstrip("."), f"{layer.shape[0]} x {layer.shape[1]}", pruning, bits)
-        kinds[key] = kinds.get(key, 0) + 1
-    rows = [[name, str(count), shape, pruning, bits] for (name, shape, pruning, bits), count in kinds.items()]
+        name = re.sub(r"\.\d+$", "", _within_block(layer))  # an expert's number
+        key = (name, f"{layer.shape[0]} x {layer.shape[1]}", _pattern(plan), bits)
+        kinds.setdefault(key, []).append(plan.sparsity)
+    rows = [
+        [name, str(len(shares)), shape, f"{_range(shares)} {pattern}" if max(shares) else "dense", bits]
+        for (name, shape, pattern, bits), shares in kinds.items()
+    ]
     return table("plan", ["layer", "how many", "out x in", "pruning", "bits"], rows)
+
+
+def _pattern(plan: LayerPlan) -> str:
+    if plan.pattern is not None:
+        return f"{plan.pattern[0]}:{plan.pattern[1]}"
+    return "unstructured" if plan.block is None else f"in blocks of {plan.block[0]}x{plan.block[1]}"
+
+
+def _within_block(layer: PlannedLayer) -> str:
+    return layer.name.split(f".{layer.block}.", 1)[-1]
+
+
+def _range(shares: list[float]) -> str:
+    """Sparsities in per cent: 50 %, or 42 to 58 %."""
+    low, high = (f"{100 * share:.0f}" for share in (min(shares), max(shares)))
+    return f"{low} %" if low == high else f"{low} to {high} %"
+
+
+def _picture(layers: list[PlannedLayer]) -> list[Any]:
+    """A bar a block, as long as the share of its weights that goes; nothing if all layers give the same."""
+    if len({layer.plan.sparsity for layer in layers}) == 1:
+        return []
+    rows = []
+    for block in dict.fromkeys(layer.block for layer in layers):
+        inside = [layer for layer in layers if layer.block == block]
+        share = sum(x.n_weights * x.plan.sparsity for x in inside) / sum(x.n_weights for x in inside)
+        modules: dict[str, list[float]] = {}
+        for layer in inside:
+            modules.setdefault(_within_block(layer).partition(".")[0], []).append(layer.plan.sparsity)
+        parts = ", ".join(f"{name} {_range(shares)}" for name, shares in modules.items())
+        uneven = len({layer.plan.sparsity for layer in inside}) > 1
+        rows.append([str(block), bar(share), f"{100 * share:.1f} %", parts if uneven else ""])
+    return ["", table("sparsity of each block", ["block", "", "", ""], rows)]
+
+
+def bar(share: float) -> str:
+    """A bar of BAR characters for 1, in steps of an eighth of one."""
+    whole, eighths = divmod(round(share * BAR * 8), 8)
+    return "█" * whole + EIGHTHS[eighths].strip()
 
 
 def _itemsize(model: Model) -> int:
@@ -112,6 +169,8 @@ def _seconds(
         forward = 2 * weights * tokens / (0.35 * fast)
         seconds["forward"] = forward
         seconds["observe"] = forward * (n_stages if recipe.sequential else 1)
+        if needs & FIELDS:
+            seconds["gradients"] = _gradient_seconds(model, recipe, 4 * forward, fast)
         if "hessian" in needs:
             gram = sum(2 * tokens * width**2 + 4 * recipe.calib.nsamples * width**2 for width in inputs)
             factor = sum(3 * width**3 for width in inputs) * solvers
@@ -124,6 +183,20 @@ def _seconds(
         measuring = 4 * out_features * in_features**2 / exact if "hessian" in needs else 0.0
         seconds["solve"] += solvers * (columns + trailing + measuring) + 40e-9 * layer.n_weights
     return seconds
+
+
+def _gradient_seconds(model: Model, recipe: Recipe, blocks: float, flops: float) -> float:
+    """Of all passes, if the blocks take `blocks` in one; those taken anew go over the blocks that remain."""
+    n, tokens = model.n_blocks, recipe.calib.nsamples * recipe.calib.seqlen
+    starts = range(0, n, recipe.calib.refresh_gradients or n)
+    head = 3 * 2 * model.lm.get_output_embeddings().weight.numel() * tokens / (0.35 * flops)
+    return sum(blocks * (n - start) / n + head for start in starts)
+
+
+def _gradient_bytes(model: Model, layers: list[PlannedLayer], recipe: Recipe, fields: int) -> int:
+    """Disk for gradients: what enters every block and what comes back to two, and the gradients themselves."""
+    states = recipe.calib.nsamples * recipe.calib.seqlen * model.config.get_text_config().hidden_size * _itemsize(model)
+    return (model.n_blocks + 2) * states + 4 * fields * sum(layer.n_weights for layer in layers)
 
 
 def _flops(dtype: torch.dtype) -> float:
@@ -150,7 +223,10 @@ def _memory(model: Model, layers: list[PlannedLayer], recipe: Recipe, needs: fro
         statistics = sum(8 * w**2 for w in widths) + 12 * max(widths) ** 2
     vocabulary = model.folder / "tokenizer.json"
     tokenizer = TOKENIZER * vocabulary.stat().st_size if needs and vocabulary.exists() else 0
-    return int(IMPORTS + tokenizer + outside + block + layer + (hidden if needs else 0) + statistics)
+    fields = len(needs & FIELDS)
+    taking_gradients = 4 * fields * block // (2 * width) + 10 * LOGITS_AT_ONCE if fields else 0
+    compressing = layer * (6 + fields) // 6 + (hidden if needs else 0) + statistics
+    return int(IMPORTS + tokenizer + outside + block + max(compressing, taking_gradients))
 
 
 def _largest(values: Iterable[int]) -> int:

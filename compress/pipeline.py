@@ -1,5 +1,6 @@
 """A run from its recipe to its checkpoint."""
 
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,19 +15,22 @@ from compress.blocks import Work, block_key, compress_blocks
 from compress.calib.data import calibration_windows
 from compress.calib.model import Model
 from compress.calib.self_text import self_generated_windows
+from compress.calib.weight_files import WeightFiles
 from compress.checkpoint.formats import choose_format, open_weights
 from compress.checkpoint.native import Contents, decode, encode
 from compress.checkpoint.save import Saver, lacking
 from compress.checkpoint.stored import StoredLayer
 from compress.clock import peak_rss_bytes
 from compress.errors import RunError
-from compress.files import sha256
+from compress.files import sha256, write_json
 from compress.kernels.weights import Grid, IntWeight
-from compress.plan import dense_bytes, n_parameters, plan_head, plan_layers
+from compress.measure import DenseModel, measure, measures
+from compress.plan import PlannedLayer, allocated, dense_bytes, n_parameters, plan_head, plan_layers
 from compress.progress import Reporter
 from compress.recipe import Calibration, Recipe
 from compress.run_dir import Finished, RunDir
 from compress.steps import find_steps
+from compress.whole_model import after_pruning, prepare, prune_whole_model, prunes_whole_model
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HEAD = "head"  # what the run folder calls embeddings and head
@@ -38,8 +42,12 @@ def open_model(folder: Path, dtype: str = "auto", device: str = "cpu") -> Model:
     return Model(folder, open_weights(folder), DTYPES[dtype], device)
 
 
-def compress(recipe: Recipe, folder: Path, out: Path, reporter: Reporter, device: str = "cpu") -> dict[str, Any]:
+def compress(
+    recipe: Recipe, folder: Path, out: Path, reporter: Reporter, device: str = "cpu", shared: Path | None = None
+) -> dict[str, Any]:
     """Run a recipe on the model in `folder` and write its checkpoint to `out`; resume if `out` holds the same run.
+
+    `shared`: where runs of the same model keep what they have in common (RunDir).
 
     Returns the figures of the run: checkpoint, format, dense_bytes, compressed_bytes, bits_per_weight, sparsity,
     seconds (finished blocks of earlier sittings included), peak_rss_bytes (of this process).
@@ -48,26 +56,36 @@ def compress(recipe: Recipe, folder: Path, out: Path, reporter: Reporter, device
     started = time.monotonic()
     steps = find_steps(recipe)
     model = open_model(folder, recipe.dtype, device)
+    if prunes_whole_model(recipe):
+        prepare(recipe, model)
     layers, head = plan_layers(model, recipe), plan_head(model, recipe)
     planned = [*head, *(layer.stored for layer in layers if layer.stored)]
     format_name, reason = choose_format(recipe.format, planned)
-    run = RunDir(out / "run", recipe, _fingerprint(model))
+    dense = {"dense_bytes": dense_bytes(model), "parameters": n_parameters(model)}
+    run = RunDir(out / "run", recipe, _fingerprint(model), shared)
     try:
-        if (done := Finished(run.path).read()) is not None:
-            if (lost := lacking(out, folder, done)) is None:
-                reporter.say(f"{out} is finished already: these are its figures")
-                return done
-            reporter.say(f"{out} was finished, but {lost} is missing or damaged: it is made again")
+        if (done := _finished_before(run, out, folder, reporter)) is not None:
+            return done
         _tell_unused(model, run, reporter)
         if reason:
             reporter.say(f"writing the {format_name} format: {reason}")
         run.journal.write(event="opened", seconds=round(time.monotonic() - started, 3))
+        pruned: dict[str, Any] = {}
+        if prunes_whole_model(recipe):
+            model, layers, pruned = _smaller(recipe, model, run, reporter)
         _compress_head(model, head, run)
-        work = Work(model, steps, {layer.name: layer for layer in layers}, run, recipe.sequential)
-        compress_blocks(work, _tokens(work, recipe, reporter) if work.needs else None, reporter)
+        layers = allocate(model, recipe, layers, run, reporter)
+        work = Work(
+            model,
+            steps,
+            {layer.name: layer for layer in layers},
+            run,
+            recipe.sequential,
+            recipe.calib.refresh_gradients,
+        )
+        compress_blocks(work, _tokens(model, recipe, run, reporter) if work.needs else None, reporter)
 
-        result: dict[str, Any] = {"checkpoint": str(out), "format": format_name, "dense_bytes": dense_bytes(model)}
-        result |= {"parameters": n_parameters(model), **_totals(work)}
+        result: dict[str, Any] = {"checkpoint": str(out), "format": format_name, **dense, **_totals(work), **pruned}
         saving = time.monotonic()
         saver = Saver(out, format_name, model, recipe)
         for contents in _finished(work, bool(head)):
@@ -75,8 +93,7 @@ def compress(recipe: Recipe, folder: Path, out: Path, reporter: Reporter, device
         result["compressed_bytes"] = saver.finish_weights()
         result["bits_per_weight"] = result["compressed_bytes"] * 8 / result["parameters"]
         run.journal.write(event="checkpoint", seconds=round(time.monotonic() - saving, 3))
-        replayed = sum(line["seconds"] for line in run.journal.this_sitting() if line["event"] == "replayed")
-        result["seconds"] = round(time.monotonic() - started + replayed, 2)
+        result["seconds"] = round(time.monotonic() - started + _earlier_seconds(run), 2)
         result["peak_rss_bytes"] = peak_rss_bytes()
         saver.finish(result)
         run.journal.write(event="done", **result)
@@ -87,19 +104,51 @@ def compress(recipe: Recipe, folder: Path, out: Path, reporter: Reporter, device
         run.close()
 
 
+def _finished_before(run: RunDir, out: Path, folder: Path, reporter: Reporter) -> dict[str, Any] | None:
+    """The figures of a run that an earlier sitting finished, if its checkpoint is still whole."""
+    if (done := Finished(run.path).read()) is None:
+        return None
+    if (lost := lacking(out, folder, done)) is None:
+        reporter.say(f"{out} is finished already: these are its figures")
+        return done
+    reporter.say(f"{out} was finished, but {lost} is missing or damaged: it is made again")
+    return None
+
+
+def _smaller(
+    recipe: Recipe, model: Model, run: RunDir, reporter: Reporter
+) -> tuple[Model, list[PlannedLayer], dict[str, Any]]:
+    """What a method that prunes whole models leaves of one, the plan of its layers, and figures of the pruning."""
+    figures = prune_whole_model(recipe, model, run, reporter)
+    model = open_model(run.path / "pruned", recipe.dtype, model.device)
+    return model, plan_layers(model, after_pruning(recipe)), figures
+
+
+def _earlier_seconds(run: RunDir) -> float:
+    """What earlier sittings spent on what this one did not do again."""
+    lines, new = run.journal.read(), run.journal.this_sitting()
+    kept = ("measured", "train")
+    measured = sum(line["seconds"] for line in lines[: len(lines) - len(new)] if line["event"] in kept)
+    return measured + sum(line["seconds"] for line in new if line["event"] == "replayed")
+
+
 def _fingerprint(model: Model) -> dict[str, Any]:
     """What the run's results depend on beside the recipe."""
-    shapes = {name: [entry.dtype, *entry.shape] for name, entry in model.files.entries.items()}
-    sizes = {file.name: file.stat().st_size for file in {entry.file for entry in model.files.entries.values()}}
     packages = ("torch", "transformers", "compress-llm")
     return {
-        "model": {
-            "config_sha256": sha256(model.folder / "config.json"),
-            "files": dict(sorted(sizes.items())),
-            "tensors": len(shapes),
-        },
+        "model": files_fingerprint(model.folder, model.files),
         "versions": {package: version(package) for package in packages},
         "threads": torch.get_num_threads(),
+    }
+
+
+def files_fingerprint(folder: Path, files: WeightFiles) -> dict[str, Any]:
+    """What tells a model's files from another's without reading them through."""
+    sizes = {file.name: file.stat().st_size for file in {entry.file for entry in files.entries.values()}}
+    return {
+        "config_sha256": sha256(folder / "config.json"),
+        "files": dict(sorted(sizes.items())),
+        "tensors": len(files.entries),
     }
 
 
@@ -112,9 +161,45 @@ def _tell_unused(model: Model, run: RunDir, reporter: Reporter) -> None:
             run.journal.write(event="note", layer=name, note=note)
 
 
-def _tokens(work: Work, recipe: Recipe, reporter: Reporter) -> Tensor:
+def allocate(
+    model: Model, recipe: Recipe, layers: list[PlannedLayer], run: RunDir, reporter: Reporter
+) -> list[PlannedLayer]:
+    """The layers with the sparsity where the recipe's rule puts it, from measurements while all blocks are dense.
+
+    What was measured is kept in the run folder, and the plan made of it beside it, in plan.json.
+    """
+    if not measures(recipe):
+        return layers
+
+    def measured() -> dict[str, Tensor]:
+        tokens = _tokens(model, recipe, run, reporter)
+        reporter.say(f"measuring the dense model, for {recipe.target.allocate} to spread the sparsity")
+        started = time.monotonic()
+        figures = measure(DenseModel(model, layers, run, reporter), recipe, tokens)
+        run.journal.write(event="measured", seconds=round(time.monotonic() - started, 3))
+        return {"measured": figures}
+
+    layers = allocated(layers, recipe, run.once("measured", measured)["measured"])
+    write_json(run.path / "plan.json", {layer.name: layer.plan.sparsity for layer in layers})
+    return layers
+
+
+def rehearse_allocation(
+    model: Model, recipe: Recipe, layers: list[PlannedLayer], reporter: Reporter
+) -> list[PlannedLayer]:
+    """What `allocate` will give a run of this recipe, measured in a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunDir(Path(folder), recipe, _fingerprint(model))
+        try:
+            _compress_head(model, plan_head(model, recipe), run)
+            return allocate(model, recipe, layers, run, reporter)
+        finally:
+            run.close()
+
+
+def _tokens(model: Model, recipe: Recipe, run: RunDir, reporter: Reporter) -> Tensor:
     """The calibration tokens, [nsamples, seqlen]; an earlier sitting's if there was one."""
-    calib, model = recipe.calib, work.model
+    calib = recipe.calib
 
     def sample() -> dict[str, Tensor]:
         reporter.say(f"calibrating on {calib.nsamples} x {calib.seqlen} tokens of {calib.source}")
@@ -124,7 +209,7 @@ def _tokens(work: Work, recipe: Recipe, reporter: Reporter) -> Tensor:
             windows = calibration_windows(calib.source, model.tokenizer, calib.nsamples, calib.seqlen, calib.seed)
         return {"tokens": windows}
 
-    return work.run.once("tokens", sample)["tokens"]
+    return run.once("tokens", sample)["tokens"]
 
 
 def _own_text(model: Model, calib: Calibration, reporter: Reporter) -> Tensor:

@@ -1,7 +1,12 @@
 """What each layer is asked to become, checked before any work is done."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
 
+from torch import Tensor
+
+from compress.allocate.spread import LayerSize
 from compress.calib.layers import Layer
 from compress.calib.model import Model
 from compress.checkpoint.stored import StoredLayer
@@ -13,40 +18,42 @@ from compress.task import LayerPlan
 
 
 @dataclass(frozen=True)
-class PlannedLayer:
+class PlannedLayer(LayerSize):
     """One layer, its shape and its plan."""
 
-    name: str
-    block: int
-    shape: tuple[int, int]  # (out, in)
     plan: LayerPlan
     stored: StoredLayer | None  # how it will lie in a checkpoint, without values; None if it is not quantized
 
-    @property
-    def n_weights(self) -> int:
-        """How many weights the layer has."""
-        return self.shape[0] * self.shape[1]
-
 
 def plan_layers(model: Model, recipe: Recipe) -> list[PlannedLayer]:
-    """The plan of every layer in the blocks. Raises InputError where a group or a pattern does not divide a layer."""
+    """The plan of every layer in the blocks, before an allocation that measures moves sparsity between them.
+
+    Raises InputError where a group or a pattern does not divide a layer, and for an allocation that there is not.
+    """
     layers = [(index, layer) for index in range(model.n_blocks) for layer in model.layers_of(index)]
     if not layers:
         raise InputError(f"{model.config.model_type}: found no linear layers in its blocks")
+    find_rule(recipe)
+    plan = recipe.target.layer_plan()
+    return [_planned(index, layer, plan) for index, layer in layers]
+
+
+def find_rule(recipe: Recipe) -> tuple[ModuleType, Any]:
+    """The recipe's rule of allocation with its options. Raises InputError for one that there is not."""
     name = recipe.target.allocate
-    rule = find_method("allocate", name)
-    options = find_options("allocate", name, recipe.options.get(name, {}))
-    plans = rule.allocate_layers([layer.name for _, layer in layers], recipe.target.layer_plan(), options)
-    return [_planned(index, layer, plans[layer.name]) for index, layer in layers]
+    return find_method("allocate", name), find_options("allocate", name, recipe.options.get(name, {}))
+
+
+def allocated(layers: list[PlannedLayer], recipe: Recipe, measured: Tensor) -> list[PlannedLayer]:
+    """The layers with the sparsity where the recipe's rule puts it, from what was measured for it (compress/measure.py)."""
+    rule, options = find_rule(recipe)
+    plans = rule.allocate_layers(layers, measured, recipe.target.layer_plan(), options)
+    return [replace(layer, plan=plans[layer.name]) for layer in layers]
 
 
 def _planned(index: int, layer: Layer, plan: LayerPlan) -> PlannedLayer:
     in_features = layer.shape[1]
-    if plan.pattern and in_features % plan.pattern[1]:
-        n, m = plan.pattern
-        raise InputError(
-            f"{layer.name} has {in_features} inputs, which {n}:{m} does not divide: choose another pattern"
-        )
+    _check_pattern(layer, plan)
     stored = None
     if plan.wbits < 16:
         group_size = plan.group_of(in_features)
@@ -54,6 +61,18 @@ def _planned(index: int, layer: Layer, plan: LayerPlan) -> PlannedLayer:
         packed = IntWeight.planned(layer.shape, plan.wbits, group_size, plan.symmetric)
         stored = StoredLayer(layer.name, layer.param, layer.index, layer.transposed, packed)
     return PlannedLayer(layer.name, index, layer.shape, plan, stored)
+
+
+def _check_pattern(layer: Layer, plan: LayerPlan) -> None:
+    out_features, in_features = layer.shape
+    if plan.pattern and in_features % plan.pattern[1]:
+        n, m = plan.pattern
+        raise InputError(
+            f"{layer.name} has {in_features} inputs, which {n}:{m} does not divide: choose another pattern"
+        )
+    if plan.block and (out_features % plan.block[0] or in_features % plan.block[1]):
+        shape, blocks = f"{out_features} outputs and {in_features} inputs", "x".join(map(str, plan.block))
+        raise InputError(f"{layer.name} has {shape}, which blocks of {blocks} do not divide: choose another pattern")
 
 
 def _check_groups(name: str, in_features: int, group_size: int) -> None:

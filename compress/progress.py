@@ -50,19 +50,24 @@ class Stage:
         self, reporter: Reporter, title: str, total: int, bar: Progress | None = None, task: TaskID | None = None
     ):
         self.reporter, self.title, self.total, self.bar, self.task = reporter, title, total, bar, task
-        self.done, self.started = 0, time.monotonic()
+        self.done, self.skipped, self.started = 0, 0, time.monotonic()
         self.said = self.started
+
+    def skip(self, steps: int) -> None:
+        """Some steps were done in an earlier sitting."""
+        self.done += steps
+        self.skipped += steps
 
     def step(self, note: str = "") -> None:
         """One step is done. Without a terminal, a line is printed every two seconds at most."""
         self.done += 1
         if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, advance=1, note=note)
+            self.bar.update(self.task, completed=self.done, note=note)
             return
         now = time.monotonic()
         if now - self.said < 2 and not (self.done == self.total and self.said > self.started):
             return
         self.said = now
-        rate = (now - self.started) / self.done
+        rate = (now - self.started) / (self.done - self.skipped)
         left = f"{rate * (self.total - self.done):.0f} s left"
         self.reporter.say(f"{self.title} {self.done}/{self.total}  {rate:.2f} s each, {left}  {note}".rstrip())

@@ -32,12 +32,12 @@ class Target(_Frozen):
 
     sparsity: float = Field(0.0, ge=0.0, lt=1.0, description="share of the blocks' weights to remove")
     pattern: str = Field("unstructured", description="unstructured, n:m (n kept of every m inputs), or blocks as 16x16")
-    compare: Literal["row", "layer"] = Field("row", description="what unstructured scores are compared within")
+    compare: Literal["row", "layer"] | None = Field(None, description="what unstructured scores compete within")
     wbits: Literal[2, 3, 4, 8, 16] = Field(16, description="bits a weight; 16 leaves weights as they are")
     group_size: int = Field(128, description="inputs that share a scale; -1: one scale an output channel")
     symmetric: bool | None = Field(None, description="zero in the middle of the codes; False: stored zero points")
     head_bits: Literal[4, 8, 16] = Field(16, description="bits of the embeddings and the head")
-    allocate: str = Field("uniform", description="how sparsity and bits are spread over layers")
+    allocate: str = Field("uniform", description="how sparsity is spread over layers")
 
     @field_validator("pattern")
     @classmethod
@@ -59,6 +59,14 @@ class Target(_Frozen):
             raise ValueError("group_size should be -1 (per output channel) or at least 8")
         if self.n_of_m is not None and self.sparsity not in (0.0, self.density_gap):
             raise ValueError(f"pattern {self.pattern} removes {self.density_gap:g} of the weights: leave out sparsity")
+        if self.block is not None and not self.sparsity:
+            raise ValueError(f"pattern {self.pattern} does not say how many blocks to remove: give sparsity")
+        if self.compare is not None and self.pattern != "unstructured":
+            raise ValueError(f"compare has nothing to do with pattern {self.pattern}: leave it out")
+        if self.allocate != "uniform" and self.n_of_m is not None:
+            raise ValueError(f"pattern {self.pattern} fixes every layer's sparsity: leave out allocate {self.allocate}")
+        if self.allocate != "uniform" and not self.sparsity:
+            raise ValueError(f"allocate {self.allocate} has nothing to do: give --sparsity")
         return self
 
     @property
@@ -115,6 +123,10 @@ class Recipe(_Frozen):
             raise ValueError(f"pruner {self.pruner} has nothing to do: give --sparsity or --pattern")
         if self.refine and not prunes:
             raise ValueError(f"refine {self.refine} has nothing to do: give --sparsity or --pattern")
+        if self.refine and target.block is not None:
+            raise ValueError(
+                f"refine {self.refine} swaps single weights, which pattern {target.pattern} does not allow"
+            )
         if self.quantizer and not quantizes:
             raise ValueError(f"quantizer {self.quantizer} has nothing to do: give --wbits")
         if not (prunes or quantizes or target.head_bits < 16):
@@ -159,7 +171,7 @@ def read_recipe(file: Path | None, flags: dict[str, Any]) -> Recipe:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{file} is not a TOML recipe: {error}") from error
     try:
-        return Recipe.model_validate(_merged(values, flags))
+        return Recipe.model_validate(merged(values, flags))
     except ValidationError as error:
         raise InputError(validation_line(error)) from error
 
@@ -178,15 +190,16 @@ def validation_line(error: ValidationError) -> str:
     return f"{key} = {first['input']!r}: {message}"
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Nested values, those of `over` where both have one. Raises InputError where a table meets what is none."""
+    both = dict(base)
     for key, value in over.items():
-        if isinstance(value, dict) and key in merged:
-            if not isinstance(merged[key], dict):
-                raise InputError(f"{key} = {merged[key]!r}: should be a table, with {', '.join(value)} in it")
-            value = _merged(merged[key], value)
-        merged[key] = value
-    return merged
+        if isinstance(value, dict) and key in both:
+            if not isinstance(both[key], dict):
+                raise InputError(f"{key} = {both[key]!r}: should be a table, with {', '.join(value)} in it")
+            value = merged(both[key], value)
+        both[key] = value
+    return both
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

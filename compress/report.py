@@ -1,10 +1,12 @@
 """What a command has to say: data for machines, tables for people."""
 
+import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 _NUMERIC = {"", *"-.0123456789"}  # how a number's cell starts, or one left empty
@@ -43,3 +45,17 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def number(value: float) -> str:
+    """Two decimals, or the magnitude of what is beyond all use."""
+    return f"{value:.2f}" if value < 1e4 else f"{value:.0e}"
+
+
+def show(report: Report, as_json: bool) -> None:
+    """Print a report on stdout: its data as JSON, or its tables."""
+    if as_json:
+        sys.stdout.write(json.dumps(report.data) + "\n")
+    else:
+        wide = None if sys.stdout.isatty() else 160  # a file or a pipe has no edge to wrap at
+        Console(highlight=False, markup=False, emoji=False, width=wide).print(*report.tables, sep="\n")

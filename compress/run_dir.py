@@ -4,6 +4,7 @@
     run.json             versions and a fingerprint of the model's files
     tokens.safetensors   the calibration tokens
     log.jsonl            the journal, one line per layer and step, then one per block
+    gradients/0000-0017_grad_sq/0007.safetensors   gradients of a block's weights, from one pass over blocks 0 to 17
     blocks/0007.safetensors, 0007.json   a finished block; its checksum and figures, written after it
     result.json          the figures of the finished run
 
@@ -12,9 +13,11 @@ made of them is on disk.
 """
 
 import contextlib
+import hashlib
 import json
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,55 +30,53 @@ from compress.errors import InputError, RunError
 from compress.files import disk_errors, sha256, write_json, write_tensors, write_text
 from compress.recipe import Recipe, read_recipe
 
+MEND = "take another --out, or remove it to start over"
+OF_THE_DENSE_MODEL = ("tokens", "gradients")  # what runs of one model on the same text have in common
+
 
 class RunDir:
     """One run's folder, locked against a second process while it is open.
 
-    Raises RunError if another process holds it, InputError if it belongs to another recipe or model.
+    `shared`: a folder in which runs keep what they have in common, under a name made of the model, its dtype, the
+    calibration and the bits of its head; held while the run is open as well. Raises RunError if another process holds
+    either, InputError if the folder belongs to another recipe or model.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, fingerprint: dict[str, Any]):
+    def __init__(self, path: Path, recipe: Recipe, fingerprint: dict[str, Any], shared: Path | None = None):
         self.path = path
         self.blocks = path / "blocks"
-        with disk_errors(path):
-            self.blocks.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(path / "lock")
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise RunError(f"{path} is in use by another process: wait for it, or take another --out") from error
-        try:
+        self._shared = None if shared is None else shared / _common_name(recipe, fingerprint)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(held(path))
+            if self._shared is not None:
+                stack.enter_context(held(self._shared))
+            with disk_errors(path):
+                self.blocks.mkdir(exist_ok=True)
             self._claim(recipe, fingerprint)
-        except BaseException:
-            self.close()
-            raise
+            self._locks = stack.pop_all()
         self.journal = Journal(path / "log.jsonl")
 
     def _claim(self, recipe: Recipe, fingerprint: dict[str, Any]) -> None:
-        file, about = self.path / "recipe.toml", self.path / "run.json"
-        mend = "take another --out, or remove it to start over"
-        if file.exists():
-            try:
-                before = read_recipe(file, {})
-            except InputError as error:
-                raise InputError(f"{file} is damaged ({error}): remove {self.path} to start over") from error
-            if changed := recipe.differences(before):
-                raise InputError(f"{self.path} holds a run with another {', '.join(changed)}: {mend}")
-        elif any(self.blocks.iterdir()):
-            raise InputError(f"{self.path} holds blocks of a run whose recipe.toml is gone: {mend}")
-        if about.exists() and _read_json(about).get("model") != fingerprint["model"]:
-            raise InputError(f"{self.path} holds a run of other weights under the same name {recipe.model}: {mend}")
+        check_claim(self.path, recipe, fingerprint["model"])
+        file = self.path / "recipe.toml"
         if not file.exists():
+            if any(self.blocks.iterdir()):
+                raise InputError(f"{self.path} holds blocks of a run whose recipe.toml is gone: {MEND}")
             write_text(file, recipe.toml())
-        write_json(about, fingerprint)
+        write_json(self.path / "run.json", fingerprint)
 
     def close(self) -> None:
         """Let others have the folder."""
-        self._lock.release()
+        self._locks.close()
+
+    def folder_of(self, key: str) -> Path:
+        """Where what `key` names is kept: the shared folder for the calibration tokens and for gradients of the dense
+        model, if there is one; the run's own for all else, such as gradients taken anew after blocks were pruned."""
+        return self.path if self._shared is None or key not in OF_THE_DENSE_MODEL else self._shared
 
     def once(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors made by `make` the first time, and read back ever after."""
-        file = self.path / f"{key}.safetensors"
+        """Tensors made by `make` the first time, and read back ever after; `folder_of` says where they lie."""
+        file = self.folder_of(key) / f"{key}.safetensors"
         if not file.exists():
             write_tensors(file, make())
         try:
@@ -116,10 +117,53 @@ class RunDir:
         return json.loads(self._block(key)[1].read_text())["figures"]
 
     def drop_blocks(self) -> None:
-        """Remove the block files, after the checkpoint made of them is on disk."""
+        """Remove the block files and this run's own gradients, after the checkpoint made of them is on disk."""
         for file in self.blocks.iterdir():
             if file.is_file():
                 file.unlink()
+        shutil.rmtree(self.path / "gradients", ignore_errors=True)
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Make a folder and keep other processes from it meanwhile. Raises RunError if one has it already."""
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunError(f"{path} is in use by another process: wait for it, or take another --out") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_claim(path: Path, recipe: Recipe, model: dict[str, Any]) -> None:
+    """Raise InputError if the run in `path`, should there be one, has another recipe or weights.
+
+    `model`: the fingerprint of the model's files.
+    """
+    file, about = path / "recipe.toml", path / "run.json"
+    if file.exists():
+        try:
+            before = read_recipe(file, {})
+        except InputError as error:
+            raise InputError(f"{file} is damaged ({error}): remove {path} to start over") from error
+        if changed := recipe.differences(before):
+            raise InputError(f"{path} holds a run with another {', '.join(changed)}: {MEND}")
+    if about.exists() and read_json(about).get("model") != model:
+        raise InputError(f"{path} holds a run of other weights under the same name {recipe.model}: {MEND}")
+
+
+def _common_name(recipe: Recipe, fingerprint: dict[str, Any]) -> str:
+    """What the tokens, and gradients of the dense model, depend on, as the name of a folder."""
+    target = recipe.target
+    rounded = None if target.head_bits == 16 else (target.head_bits, target.group_size)  # the blocks see that head
+    calib = recipe.calib.model_dump(exclude={"refresh_gradients"})
+    facts = [fingerprint["model"], recipe.model, recipe.revision, recipe.dtype, calib, rounded]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Finished:
@@ -130,7 +174,7 @@ class Finished:
 
     def read(self) -> dict[str, Any] | None:
         """The figures, or None while the run is not finished."""
-        return _read_json(self.file) if self.file.exists() else None
+        return read_json(self.file) if self.file.exists() else None
 
     def update(self, result: dict[str, Any]) -> None:
         """Put figures on disk."""
@@ -177,7 +221,7 @@ def _journal_line(line: bytes) -> dict[str, Any]:
     return {"event": "damaged", "file": "log.jsonl", "note": "a line of the journal is damaged and left out"}
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises RunError if it is none."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from compress.calib.gradients import FIELDS
 from compress.errors import InputError
 from compress.options import MethodOptions
 from compress.recipe import Recipe, validation_line
@@ -88,7 +89,10 @@ def find_steps(recipe: Recipe) -> list[Step]:
         if whole_model(stage, name):
             continue
         verb = getattr(method, verb_of(stage, method))
-        steps.append(Step(stage, name, frozenset(method.NEEDS), options, _bound(verb, options)))
+        needs = method.needs(options) if hasattr(method, "needs") else method.NEEDS
+        steps.append(Step(stage, name, frozenset(needs), options, _bound(verb, options)))
+    if recipe.calib.refresh_gradients and not any(step.needs & FIELDS for step in steps):
+        raise InputError("calib.refresh_gradients has nothing to do: no method of this recipe reads gradients")
     return steps
 
 

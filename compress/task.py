@@ -16,7 +16,7 @@ class LayerPlan:
     sparsity: float = 0.0  # share of weights to prune
     pattern: tuple[int, int] | None = None  # (n, m): n kept of every m inputs
     block: tuple[int, int] | None = None  # (outputs, inputs): blocks of that many go or stay whole
-    compare: str = "row"  # unstructured scores are compared within an output "row" or the whole "layer"
+    compare: str | None = None  # unstructured scores compete within an output "row" or the "layer"; None: as published
     wbits: int = 16  # 16: not quantized
     group_size: int = 128  # inputs that share a scale; -1: all of them
     symmetric: bool = True

@@ -18,19 +18,23 @@ ORDER = [
 METHODS = ("compress.allocate", "compress.prune", "compress.quantize")
 KEEPS_TO_ITSELF = {  # who may import what knows a secret of the outside world
     "transformers": {
+        "compress.bench.gradients",
         "compress.calib.layers",
         "compress.calib.model",
         "compress.calib.self_text",
         "compress.calib.skeleton",
+        "compress.eval.speed",
         "compress.gguf_import",
         "compress.gguf_weights",
         "compress.model_folder",
     },
     "accelerate": {"compress.calib.skeleton"},
     "datasets": {"compress.calib.texts"},
+    "matplotlib": {"compress.plots"},
     "huggingface_hub": {"compress.sources", "compress.calib.texts"},
     "gguf": {"compress.gguf_file", "compress.gguf_import"},
-    "typer": {"compress.cli"},
+    "typer": {"compress.cli", "compress.cli_bench", "compress.flags"},
+    "peft": {"compress.training"},
     "filelock": {"compress.run_dir", "compress.gguf_import", "compress.sources"},
 }
 

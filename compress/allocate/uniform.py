@@ -5,6 +5,9 @@ The setting of the methods' own papers, and the baseline of every other allocati
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
+from compress.allocate.spread import LayerSize
 from compress.options import MethodOptions
 from compress.task import LayerPlan
 
@@ -15,6 +18,8 @@ class Options(MethodOptions):
     """A uniform allocation has nothing to set."""
 
 
-def allocate_layers(names: Sequence[str], target: LayerPlan, options: Options) -> dict[str, LayerPlan]:
-    """The plan of each layer."""
-    return dict.fromkeys(names, target)
+def allocate_layers(
+    layers: Sequence[LayerSize], measured: Tensor, target: LayerPlan, options: Options
+) -> dict[str, LayerPlan]:
+    """The plan of each layer. Nothing is measured for it."""
+    return {layer.name: target for layer in layers}

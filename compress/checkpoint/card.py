@@ -89,8 +89,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
 
     "name", "base_model", "license", "version", "command", "recipe" (TOML), "format", "quantization_config" (as in
     config.json), "path" (what to load, by default the name), "perplexity" ({text: {"dense": x, "compressed": y}}),
-    "bytes" ({"dense": n, "compressed": m}), "bits_per_weight" and "sparsity" (numbers, of the compressed model), and
-    "limits" (sentences, before those that always hold).
+    "bytes" ({"dense": n, "compressed": m}), "bits_per_weight" and "sparsity" or "removed" (numbers, of the compressed
+    model), and "limits" (sentences, before those that always hold).
     """
     name = facts.get("name") or "Compressed model"
     known = dict.fromkeys(("base_model", "license", "version", "command", "recipe")) | dict(facts)
@@ -146,6 +146,7 @@ def _rows(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for key, title, pattern in (
         ("bits_per_weight", "bits per weight", "{:.2f}"),
         ("sparsity", "weights that are zero", "{:.1%}"),
+        ("removed", "weights taken out of the blocks", "{:.1%}"),
     ):
         if facts.get(key) is not None:
             rows.append((title, "", _number(facts[key], pattern)))

@@ -53,7 +53,7 @@ class Saver:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write everything else: tokenizer, recipe, config.json, and the model card."""
-        for file in _along(self.model.folder):
+        for file in files_along(self.model.folder):
             replace_file(self.out / file.name, partial(shutil.copyfile, file))
         write_text(self.out / "recipe.toml", self.recipe.toml())
         config = self._config()
@@ -75,14 +75,14 @@ class Saver:
         return config
 
 
-def _along(folder: Path) -> list[Path]:
+def files_along(folder: Path) -> list[Path]:
     """What of a model's folder goes into its checkpoint unchanged."""
     return [file for pattern in ALONG for file in folder.glob(pattern) if file.name not in NOT_ALONG]
 
 
 def lacking(out: Path, folder: Path, result: dict[str, Any]) -> str | None:
     """What a finished checkpoint of the model in `folder` has lost since it was written; None: it is whole."""
-    for name in ("config.json", "recipe.toml", *(file.name for file in _along(folder))):
+    for name in ("config.json", "recipe.toml", *(file.name for file in files_along(folder))):
         if not (out / name).is_file():
             return name
     try:
@@ -104,7 +104,7 @@ def write_card(out: Path, result: dict[str, Any]) -> None:
         "quantization_config": quantization_settings(read_config(out)),
         "bytes": {"dense": result["dense_bytes"], "compressed": result["compressed_bytes"]},
         "bits_per_weight": result["bits_per_weight"],
-        "sparsity": result["sparsity"],
+        "removed" if "widths" in result else "sparsity": result["sparsity"],
     }
     if "eval" in result:
         measured = result["eval"]

@@ -85,3 +85,16 @@ class ShardWriter:
 
     def _aside(self, shard: int) -> Path:
         return self.folder / ASIDE.format(shard + 1)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Take away all of a checkpoint but its recipe; config.json first, so that a kill leaves nothing that looks whole.
+
+    Folders in it, such as its run, stay.
+    """
+    with disk_errors(folder):
+        (folder / "config.json").unlink(missing_ok=True)
+        sync(folder)
+        for file in folder.iterdir():
+            if file.is_file() and file.name != "recipe.toml":
+                file.unlink()

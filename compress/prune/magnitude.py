@@ -2,7 +2,7 @@
 
 Han et al., Learning both Weights and Connections, arXiv:1506.02626, section 3. Needs no data; the baseline every other
 method has to beat. Rows are the comparison group, as for the other methods here, so that a comparison between them
-changes the score and nothing else.
+changes the score and nothing else; `compare = "layer"` is the threshold for the whole matrix that others report.
 """
 
 from compress.options import MethodOptions

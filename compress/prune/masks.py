@@ -7,19 +7,37 @@ from compress.task import LayerPlan
 
 
 def keep_largest(score: Tensor, plan: LayerPlan) -> Tensor:
-    """Keep the highest scores of each output row, or of each group of m inputs for an n:m pattern.
+    """Keep the highest scores of whatever the plan compares.
 
-    `score`: [out, in] float. Returns bool [out, in], True where the weight stays. Exact counts: each row loses
-    int(in * sparsity) weights, each group of m keeps n (n is the number kept, as NVIDIA and PyTorch count). Of equal
-    scores the earlier column goes first.
+    `score`: [out, in] float, not negative, without NaN: what the output changes by if the weight goes. Returns bool
+    [out, in], True where the weight stays. Counts are exact: each row loses int(in * sparsity) weights, with
+    `compare` "layer" the layer loses int(out * in * sparsity), each group of m inputs keeps n (n is the number kept, as
+    NVIDIA and PyTorch count), and of blocks, compared over the layer, int(blocks * sparsity) go whole. A block scores
+    the sum of its squared scores: what the squared output changes by, were the inputs uncorrelated. Of equal scores
+    the earlier one of the row, layer or group goes first.
     """
-    if plan.pattern:
+    if plan.pattern is not None:
         n, m = plan.pattern
         return _drop_smallest(score.unflatten(1, (-1, m)), m - n).flatten(1)
-    return _drop_smallest(score, int(score.shape[1] * plan.sparsity))
+    if plan.block is not None:
+        rows, columns = plan.block
+        energy = score.square().unflatten(0, (-1, rows)).unflatten(2, (-1, columns)).sum((1, 3))
+        keep = _keep_share(energy.flatten(), plan.sparsity).view_as(energy)
+        return keep.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    if plan.compare == "layer":
+        return _keep_share(score.flatten(), plan.sparsity).view_as(score)
+    return _keep_share(score, plan.sparsity)
+
+
+def _keep_share(score: Tensor, sparsity: float) -> Tensor:
+    return _drop_smallest(score, int(score.shape[-1] * sparsity))
 
 
 def _drop_smallest(score: Tensor, count: int) -> Tensor:
-    """False at the `count` smallest of the last dimension; a stable sort breaks ties by position."""
-    smallest = score.argsort(dim=-1, stable=True)[..., :count]
-    return torch.ones_like(score, dtype=torch.bool).scatter(-1, smallest, False)
+    """False at the `count` smallest of the last dimension, the earlier of equals first."""
+    if count == 0:
+        return torch.ones_like(score, dtype=torch.bool)
+    cut = score.kthvalue(count, dim=-1, keepdim=True).values  # a fraction of a sort's time
+    tied = score == cut
+    tied_gone = count - (score < cut).sum(-1, keepdim=True)
+    return (score > cut) | (tied & (tied.cumsum(-1, dtype=torch.int32) > tied_gone))

@@ -4,6 +4,7 @@ Frantar and Alistarh, SparseGPT: Massive Language Models Can Be Accurately Prune
 algorithm 1. Needs the Hessian of each input; costs a Cholesky factorization per distinct input and a rank-one update
 per column. A weight's score is its squared value over the squared pivot of its column; unstructured masks compare all
 rows of a block of columns at once, n:m masks compare the m columns of a group with the weights as updated so far.
+Masks that are compared otherwise (`compare`, and blocks of weights) are chosen before the first update.
 """
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from compress.calib.stats import inverse_factor
 from compress.options import MethodOptions
+from compress.prune.masks import keep_largest
 from compress.settle import settle_columns
 from compress.task import LayerTask
 
@@ -32,8 +34,12 @@ def prune_layer(task: LayerTask, options: Options) -> LayerTask:
         task = task.noted(f"sparsegpt: damping raised from {options.damping:g} to {damping:g} to factorize the Hessian")
     plan = task.plan
     columns = task.weight.T.clone(memory_format=torch.contiguous_format)  # [in, out]: one column's weights lie together
-    keep = torch.ones_like(columns, dtype=torch.bool)
     pivots = factor.diagonal().unsqueeze(1)
+    at_once = plan.block is not None or plan.compare is not None
+    if at_once:
+        keep = keep_largest((columns / pivots).abs_().T, plan).T.contiguous()
+    else:
+        keep = torch.ones_like(columns, dtype=torch.bool)
 
     def choose_in_block(start: int, stop: int) -> None:
         score = (columns[start:stop] / pivots[start:stop]).square_().flatten()
@@ -50,7 +56,8 @@ def prune_layer(task: LayerTask, options: Options) -> LayerTask:
         return column * keep[i]
 
     if plan.pattern is None:
-        settle_columns(columns, factor, settle, options.block_size, begin=choose_in_block)
+        begin = None if at_once else choose_in_block
+        settle_columns(columns, factor, settle, options.block_size, begin=begin)
     else:
         settle_columns(columns, factor, settle, options.block_size, unit=plan.pattern[1])
     return task.pruned(columns.T.contiguous(), keep.T.contiguous())

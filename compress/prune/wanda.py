@@ -1,7 +1,7 @@
 """Wanda: drop the weights whose magnitude times input norm is smallest, in each output row.
 
 Sun et al., A Simple and Effective Pruning Approach for Large Language Models, arXiv:2306.11695, eq. 1. Needs one pass
-of activations; costs a sort per row. No weight is changed, only removed.
+of activations; costs a partial sort per row. No weight is changed, only removed.
 """
 
 from compress.options import MethodOptions

@@ -7,8 +7,9 @@ import sys
 import pytest
 from tiny import save_tiny
 
-from compress.cli import _beside, _line, _show, main
-from compress.report import Report
+from compress.cli import _beside, main
+from compress.errors import failure
+from compress.report import Report, show
 
 
 def call(*arguments, cwd=None):
@@ -116,7 +117,7 @@ def test_doctor_answers():
 
 
 def test_a_name_in_brackets_is_printed_as_it_is(capsys):
-    _show(Report({}, ["Checkpoint in a[/b][bold]:smile:"]), as_json=False)
+    show(Report({}, ["Checkpoint in a[/b][bold]:smile:"]), as_json=False)
     assert capsys.readouterr().out == "Checkpoint in a[/b][bold]:smile:\n"
 
 
@@ -129,4 +130,4 @@ def test_the_checkpoint_of_the_current_folder_is_named_after_it(tmp_path, monkey
 
 def test_what_the_system_refuses_is_no_bug_of_ours():
     line = "the system says permission denied: /x (--debug shows where)"
-    assert _line(PermissionError(13, "Permission denied", "/x")) == (3, line)
+    assert failure(PermissionError(13, "Permission denied", "/x"), "--debug shows where") == (3, line)

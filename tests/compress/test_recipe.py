@@ -3,6 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.errors import InputError
+from compress.pipeline import open_model
+from compress.plan import plan_layers
 from compress.recipe import Recipe, read_recipe
 from compress.steps import find_steps
 
@@ -35,8 +37,15 @@ def test_flags_override_a_file_key_by_key(tmp_path):
         ({"target": {"sparsity": 1.0}}, r"target\.sparsity = 1\.0: should be less than 1"),
         ({"target": {"sparsity": -0.1}}, r"target\.sparsity = -0\.1: should be greater than or equal to 0"),
         ({"target": {"wbits": 5}}, r"target\.wbits = 5: should be 2, 3, 4, 8 or 16"),
-        ({"target": {"pattern": "4:2"}}, r"target\.pattern = '4:2': should be unstructured, or n:m"),
+        ({"target": {"pattern": "4:2"}}, r"target\.pattern = '4:2': should be unstructured, n:m with n kept"),
         ({"target": {"pattern": "2:4", "sparsity": 0.6}}, r"pattern 2:4 removes 0\.5 of the weights"),
+        ({"target": {"pattern": "16x0", "sparsity": 0.6}}, r"target\.pattern = '16x0': should be .* such as 16x16"),
+        ({"target": {"pattern": "16x16", "wbits": 4}}, "pattern 16x16 does not say how many blocks to remove"),
+        ({"target": {"pattern": "2:4", "compare": "layer"}}, "compare has nothing to do with pattern 2:4"),
+        ({"target": {"pattern": "4x4", "compare": "layer", "sparsity": 0.5}}, "compare has nothing to do with"),
+        ({"target": {"sparsity": 0.5, "compare": "block"}}, r"target\.compare = 'block': should be 'row' or 'layer'"),
+        ({"target": {"wbits": 4}, "refine": "dsnot"}, "refine dsnot has nothing to do: give --sparsity or --pattern"),
+        ({"target": {"pattern": "16x16", "sparsity": 0.5}, "refine": "dsnot"}, "which pattern 16x16 does not allow"),
         ({"target": {"group_size": 0, "wbits": 4}}, r"group_size should be -1"),
         ({"target": {"sparsty": 0.5}}, r"there is no setting target\.sparsty"),
         ({"target": {}}, "nothing to do"),
@@ -62,6 +71,30 @@ def test_a_pattern_says_the_sparsity():
     assert recipe.steps == [("prune", "sparsegpt")]
 
 
+def test_blocks_go_into_the_plan():
+    plan = Recipe(model="m", target={"pattern": "16x8", "sparsity": 0.5}).target.layer_plan()
+    assert (plan.block, plan.pattern, plan.sparsity) == ((16, 8), None, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "line"),
+    [
+        ("48x16", "q_proj has 64 outputs and 64 inputs, which blocks of 48x16 do not divide: choose another pattern"),
+        ("16x48", "q_proj has 64 outputs and 64 inputs, which blocks of 16x48 do not divide"),
+        ("64x16", "k_proj has 32 outputs and 64 inputs, which blocks of 64x16 do not divide"),
+    ],
+)
+def test_blocks_that_do_not_divide_a_layer_are_refused(llama_folder, pattern, line):
+    recipe = Recipe(model="m", target={"pattern": pattern, "sparsity": 0.5})
+    with pytest.raises(InputError, match=line):
+        plan_layers(open_model(llama_folder), recipe)
+
+
+def test_a_mask_is_refined_before_weights_are_rounded():
+    recipe = Recipe(model="m", target={"sparsity": 0.5, "wbits": 4}, pruner="wanda", refine="dsnot")
+    assert recipe.steps == [("prune", "wanda"), ("refine", "dsnot"), ("quantize", "gptq")]
+
+
 @pytest.mark.parametrize(
     ("wbits", "asked", "symmetric"), [(4, None, True), (3, None, False), (2, True, True), (8, False, False)]
 )
@@ -81,6 +114,9 @@ def test_differences_name_the_keys():
         ({"pruner": "wnda"}, "there is no method 'wnda' to prune with; did you mean wanda"),
         ({"options": {"sparsegpt": {"dampin": 1}}}, "sparsegpt: there is no setting dampin"),
         ({"options": {"sparsegpt": {"damping": 7}}}, "sparsegpt: damping = 7: should be less than or equal to 1"),
+        ({"refine": "dnsot"}, "there is no method 'dnsot' to refine with; did you mean dsnot"),
+        ({"refine": "wanda"}, "there is no method 'wanda' to refine with"),
+        ({"refine": "dsnot", "options": {"dsnot": {"max_cycles": 0}}}, "dsnot: max_cycles = 0: should be greater"),
         ({"options": {"gptq": {"damping": 0.1}}}, "options for gptq, which this recipe does not use"),
     ],
 )

@@ -82,6 +82,35 @@ def test_once_makes_once(run):
     assert made == [1] and tokens.tolist() == [0, 1, 2]
 
 
+def test_runs_that_calibrate_alike_share_tokens_and_nothing_else(tmp_path):
+    def opened(name, model=1, **changes):
+        return RunDir(tmp_path / name, Recipe(**RECIPE.model_dump() | changes), {"model": model}, tmp_path / "shared")
+
+    def folders(*arguments, **changes):
+        run = opened(*arguments, **changes)
+        run.close()
+        assert run.folder_of("measured") == run.path
+        assert run.folder_of("tokens") == run.folder_of("gradients") != run.path
+        return run.folder_of("tokens")
+
+    first = folders("a")
+    assert folders("b", pruner="wanda", target={"sparsity": 0.7}) == first
+    assert folders("c", calib={"refresh_gradients": 2}) == first
+    others = [
+        folders("d", calib={"seed": 1}),
+        folders("e", dtype="float32"),
+        folders("f", model=2),
+        folders("g", target={"sparsity": 0.5, "head_bits": 8}),
+    ]
+    assert len({first, *others}) == 5
+    held = opened("a")
+    with pytest.raises(RunError, match="in use by another process"):
+        opened("b", pruner="wanda", target={"sparsity": 0.7})
+    held.close()
+    assert held.once("tokens", lambda: {"tokens": torch.arange(3)})["tokens"].tolist() == [0, 1, 2]
+    assert (first / "tokens.safetensors").is_file()
+
+
 def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
     file = tmp_path / "log.jsonl"
     Journal(file).write(event="a")

@@ -45,6 +45,31 @@ def test_blocks_share_sparsity_but_rows_need_not():
     assert len(set(gone.sum(1).tolist())) > 1
 
 
+def test_compared_over_the_layer_blocks_of_columns_share_no_sparsity():
+    task = random_task(LayerPlan(sparsity=0.5, compare="layer"), inputs=64)
+    done = prune_layer(task, Options(block_size=16))
+    gone = ~done.keep
+    assert gone.sum() == gone.numel() // 2
+    assert len(set(gone.unflatten(1, (-1, 16)).sum((0, 2)).tolist())) > 1
+    assert error(done) < 0.9 * error(task.pruned(task.weight, done.keep))
+
+
+def test_with_uncorrelated_inputs_masks_over_the_layer_are_wandas():
+    diagonal = torch.rand(64, generator=torch.Generator().manual_seed(1)) + 0.1
+    stats = LayerStats(9, x_sq=diagonal, hessian=torch.diag(diagonal))
+    for plan in (LayerPlan(sparsity=0.5, compare="layer"), LayerPlan(sparsity=0.5, block=(4, 8))):
+        task = replace(random_task(plan), stats=stats)
+        keep = prune_layer(task, Options(damping=1e-6)).keep
+        assert torch.equal(keep, wanda.prune_layer(task, wanda.Options()).keep)
+
+
+@pytest.mark.parametrize("block", [(1, 8), (8, 1), (16, 16)])
+def test_the_update_pays_for_blocks_too(block):
+    task = random_task(LayerPlan(sparsity=0.5, block=block))
+    done = prune_layer(task, Options(block_size=16))
+    assert error(done) < 0.9 * error(task.pruned(task.weight, done.keep))
+
+
 def test_a_group_never_lies_across_two_blocks():
     task = random_task(LayerPlan(sparsity=0.5, pattern=(6, 12)), inputs=96)
     keep = prune_layer(task, Options(block_size=16)).keep

@@ -1,17 +1,14 @@
-"""`compress bench`: the standard settings on one model, each as a ratio to the dense model. README's table is its output."""
+"""`compress bench quality`: the standard settings on one model, beside the dense model. README's table is its output."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from compress.commands import find_model, pick_device
 from compress.errors import InputError
-from compress.evaluate import evaluate
-from compress.files import write_json
-from compress.pipeline import compress
 from compress.progress import Reporter
 from compress.recipe import read_recipe
-from compress.report import Report, size, table
+from compress.report import Report, number, size, table
+from compress.runs import Bench, Protocol, Run, run_all
 
 HALF, TWO_OF_FOUR = {"sparsity": 0.5}, {"pattern": "2:4"}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -35,37 +32,25 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def bench(
+def bench_quality(
     model: str, out: Path, calib: tuple[str, int, int], text: tuple[str, int], only: list[str], device: str
 ) -> Report:
     """Run the settings and measure them. `calib`: (source, nsamples, seqlen); `text`: (source, windows)."""
     if unknown := [name for name in only if name not in SETTINGS]:
         raise InputError(f"there is no setting {unknown[0]!r}: choose among {', '.join(SETTINGS)}")
     reporter, device = Reporter(), pick_device(device)
-    folder = find_model(model, None, reporter)
-    protocol = {"text": text[0], "windows": text[1], "seqlen": calib[2]}
-    dense = _measured(folder, out / "dense.json", protocol, reporter, device)
-    rows: list[dict[str, Any]] = []
+    base = {"model": model, "calib": {"source": calib[0], "nsamples": calib[1], "seqlen": calib[2]}}
+    runs = []
     for name in only or SETTINGS:
-        reporter.say(f"-- {name}")
-        base = {"model": model, "calib": {"source": calib[0], "nsamples": calib[1], "seqlen": calib[2]}}
-        target = out / name.replace(" ", "_").replace("%", "").replace(":", "of")
-        result = compress(read_recipe(None, base | SETTINGS[name]), folder, target, reporter, device)
-        value = _measured(target, target / "run" / "perplexity.json", protocol, reporter, device)
-        rows.append({"setting": name, "perplexity": value, "ratio": value / dense, **result})
-    data = {"model": model, "protocol": protocol, "dense": dense, "settings": rows}
-    return Report(data, [_table(dense, rows)])
-
-
-def _measured(folder: Path, file: Path, protocol: dict[str, Any], reporter: Reporter, device: str) -> float:
-    """Perplexity of a checkpoint, from `file` if it was measured before under the same protocol."""
-    if file.exists() and (before := json.loads(file.read_text(encoding="utf-8")))["protocol"] == protocol:
-        return before["perplexity"]
-    measured = evaluate(folder, [protocol["text"]], protocol["seqlen"], protocol["windows"], reporter, device)
-    value = next(iter(measured["perplexity"].values()))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"protocol": protocol, "perplexity": value})
-    return value
+        recipe = read_recipe(None, base | SETTINGS[name])
+        folder = out / name.replace(" ", "_").replace("%", "").replace(":", "of")
+        runs.append(Run(name, "", recipe, folder))
+    protocol = Protocol(text[0], text[1], calib[2])
+    bench = Bench(find_model(model, None, reporter), out, protocol, reporter, device)
+    dense, *rows = run_all(bench, runs)
+    data = {"model": model, "protocol": protocol.described(), "dense": dense, "runs": rows}
+    lines = [f"{row['setting']} failed: {row['failed']}" for row in rows if "failed" in row]
+    return Report(data, [_table(dense["perplexity"], [row for row in rows if "failed" not in row]), *lines])
 
 
 def _table(dense: float, rows: list[dict[str, Any]]) -> Any:
@@ -75,17 +60,12 @@ def _table(dense: float, rows: list[dict[str, Any]]) -> Any:
         body.append(
             [
                 row["setting"],
-                _number(row["perplexity"]),
-                _number(row["ratio"]),
+                number(row["perplexity"]),
+                number(row["ratio"]),
                 f"{row['layer_bits_per_weight']:.2f}",
-                f"{100 * row['sparsity']:.0f} %",
+                f"{100 * row['layer_sparsity']:.0f} %",
                 size(row["compressed_bytes"]),
                 f"{row['seconds']:.0f}",
             ]
         )
     return table("", columns, body)
-
-
-def _number(value: float) -> str:
-    """Two decimals, or the magnitude of what is beyond all use."""
-    return f"{value:.2f}" if value < 1e4 else f"{value:.0e}"

@@ -1,0 +1,158 @@
+"""The commands that measure: `compress sweep` and `compress bench`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compress.errors import RunError
+from compress.flags import Device, Json, ModelName, given
+from compress.report import Report, show
+
+bench = typer.Typer(
+    no_args_is_help=True, help="Measure quality, gradients and speed: what every claim of ours comes from."
+)
+
+Runs = Annotated[Path, typer.Option("--out", help="Folder for the runs; finished ones are not repeated.")]
+Measured = Annotated[
+    str, typer.Option("--ppl", help="Text to measure perplexity on: wikitext2, ptb, builtin, or a file.")
+]
+Windows = Annotated[int, typer.Option("--max-windows", min=1, help="Windows of the text.")]
+
+
+def sweep(
+    model: ModelName,
+    method: Annotated[
+        list[str], typer.Option(metavar="SETTING", help="A setting; may be repeated, or several with commas between.")
+    ],
+    ppl: Measured,
+    out: Runs,
+    sparsity: Annotated[
+        list[str] | None, typer.Option(help="Share of weights to remove; repeated, or with commas between.")
+    ] = None,
+    pattern: Annotated[list[str] | None, typer.Option(help="n:m with n kept of every m; likewise.")] = None,
+    wbits: Annotated[list[str] | None, typer.Option(help="Bits a weight, for quantizers; likewise.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML recipe that all runs start from.")] = None,
+    calib: Annotated[str | None, typer.Option(help="Calibration text.", show_default="c4")] = None,
+    nsamples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="128")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens a sequence and a window.", show_default="2048")] = None,
+    max_windows: Windows = 32,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Time each checkpoint beside the dense model as well.")
+    ] = False,
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--keep", help="Keep checkpoints and gradients; without it they go once measured, the figures stay."
+        ),
+    ] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Run every setting at every sparsity, pattern and width, and measure each.
+
+    Ends in a table, OUT/sweep.csv, OUT/sweep.json and a plot. A SETTING is
+    PRUNER, PRUNER+REFINE, QUANTIZER or PRUNER+QUANTIZER; then @ALLOCATE; then
+    :KEY=VALUE,... where KEY is METHOD.OPTION as in `run --set`, or a key of
+    recipes. Runs share calibration tokens and gradients of the dense model.
+
+    The same command again goes on where it was stopped; more settings or
+    targets add to what is there. A run that fails is in the table as failed,
+    with its line below; the others go on, and the exit code is 3.
+
+    [bold]Examples[/bold]
+
+      compress sweep llama-7b --method magnitude,wanda,sparsegpt --pattern 2:4
+        --sparsity 0.5,0.6 --calib valid.txt --ppl test.txt --out sweep
+
+      compress sweep llama-7b --method wanda+dsnot@owl --sparsity 0.7
+        --method sparsegpt:sequential=true,calib.nsamples=64 --ppl c4 --out owl
+
+      compress sweep llama-7b --method rtn,gptq --wbits 4,3 --ppl c4 --out bits
+    """
+    from compress.sweep import Request
+    from compress.sweep import sweep as measure
+
+    base = given({"calib": {"source": calib, "nsamples": nsamples, "seqlen": seqlen}})
+    request = Request(
+        model, method, sparsity or [], pattern or [], wbits or [], base, recipe, ppl, max_windows, out, keep, speed
+    )
+    _finish(measure(request, device), as_json)
+
+
+@bench.command()
+def quality(
+    model: ModelName,
+    ppl: Measured,
+    out: Runs,
+    calib: Annotated[str, typer.Option(help="Calibration text.")] = "c4",
+    nsamples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
+    seqlen: Annotated[int, typer.Option(help="Tokens a sequence and a window.")] = 512,
+    max_windows: Windows = 32,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Names of the settings to run; may be repeated.", show_default="all")
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compress a model in every standard way, measure each against the dense model, and print one table.
+
+    [bold]Example[/bold]
+
+      compress bench quality gemma-3-270m --calib valid.txt --ppl test.txt --out bench
+    """
+    from compress.bench.quality import bench_quality
+
+    _finish(bench_quality(model, out, (calib, nsamples, seqlen), (ppl, max_windows), only or [], device), as_json)
+
+
+@bench.command()
+def gradients(
+    model: ModelName,
+    calib: Annotated[str, typer.Option(help="Calibration text.")] = "c4",
+    nsamples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 8,
+    seqlen: Annotated[int, typer.Option(min=8, help="Tokens a sequence.")] = 512,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Time the gradients taken a block at a time, and their memory, beside those of the whole model in memory.
+
+    [bold]Example[/bold]
+
+      compress bench gradients gemma-3-270m --calib valid.txt --nsamples 8 --seqlen 512
+    """
+    from compress.bench.gradients import bench_gradients
+    from compress.commands import find_model, pick_device
+    from compress.progress import Reporter
+
+    folder = find_model(model, None, Reporter())
+    show(bench_gradients(folder, (calib, nsamples, seqlen), pick_device(device)), as_json)
+
+
+@bench.command()
+def speed(
+    checkpoints: Annotated[list[str], typer.Argument(help="Checkpoints that plain transformers loads.")],
+    baseline: Annotated[str, typer.Option(help="What they are compared with, such as the dense model.")],
+    seqlen: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens after it, greedy, with a cache.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns; the median counts.")] = 5,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Time checkpoints as plain transformers runs them, in turns with the model they were made of, batch 1.
+
+    [bold]Example[/bold]
+
+      compress bench speed small smaller --baseline gemma-3-270m
+    """
+    from compress.bench.speed import bench_speed
+    from compress.eval.speed import SpeedProtocol
+
+    show(bench_speed(checkpoints, baseline, SpeedProtocol(seqlen, new_tokens, repeats), device), as_json)
+
+
+def _finish(report: Report, as_json: bool) -> None:
+    """Print a report of runs; the exit code says whether one failed."""
+    show(report, as_json)
+    if any("failed" in row for row in report.data["runs"]):
+        raise typer.Exit(RunError.exit_code)
