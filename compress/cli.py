@@ -62,7 +62,7 @@ def run(
         str | None, typer.Option(help="Unstructured scores compete within a row or the layer.", show_default="row")
     ] = None,
     pruner: Annotated[
-        str | None, typer.Option(help="A method of `compress methods`.", show_default="sparsegpt")
+        str | None, typer.Option(help="A method of `compress methods`.", show_default="alps")
     ] = None,
     refine: Annotated[str | None, typer.Option(help="What improves the pruner's mask, such as dsnot.")] = None,
     train: Annotated[str | None, typer.Option(help="Text that methods which train learn from, such as atp.")] = None,

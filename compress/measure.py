@@ -8,6 +8,7 @@ its hidden states go through every dense block, beside those of the dense model 
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def measure(dense: DenseModel, recipe: Recipe, tokens: Tensor) -> Tensor:
     rule, options = find_rule(recipe)
     if hasattr(rule, "trials"):
         planned = rule.trials(dense.layers, recipe.target.layer_plan(), options)
-        steps = [step for step in find_steps(recipe) if step.stage in ("prune", "refine")]
+        steps = [step for step in find_steps(_tried(recipe, options)) if step.stage in ("prune", "refine")]
         return _distortions(dense, tokens, steps, planned, tokens[: options.samples, : options.tokens])
     never_called = torch.zeros((), dtype=torch.float64)
     figures = {layer.name: never_called for layer in dense.layers}
@@ -62,6 +63,16 @@ def measure(dense: DenseModel, recipe: Recipe, tokens: Tensor) -> Tensor:
         found = rule.measure_block([(layer.weight, stats[layer.name]) for layer in layers], options)
         figures |= {layer.name: figure for layer, figure in zip(layers, found, strict=True)}
     return torch.stack([figures[layer.name] for layer in dense.layers])
+
+
+def _tried(recipe: Recipe, options: Any) -> Recipe:
+    """The recipe with the pruner of the trials, which comes with its defaults unless it is the recipe's own."""
+    if options.pruner is None:
+        return recipe
+    kept = {name: each for name, each in recipe.options.items() if name in (options.pruner, recipe.target.allocate)}
+    target = recipe.target.model_copy(update={"wbits": 16})
+    changes = {"pruner": options.pruner, "refine": None, "quantizer": None, "target": target, "options": kept}
+    return recipe.model_copy(update=changes)
 
 
 def _observed_blocks(

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from compress.errors import InputError
 from compress.task import LayerPlan
 
-PRUNER, QUANTIZER = "sparsegpt", "gptq"  # what measured best (README, table of methods)
+PRUNER, QUANTIZER = "alps", "gptq"  # what measured best (README, tables of methods)
 
 
 class _Frozen(BaseModel):

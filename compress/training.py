@@ -142,20 +142,34 @@ def next_token_loss(lm: Any, tokens: Tensor) -> Tensor:
     output = lm.base_model(input_ids=tokens, use_cache=False)
     hidden = output.last_hidden_state[:, :-1].flatten(0, 1)
     targets = tokens[:, 1:].flatten()
-    rows = max(1, LOGITS_AT_ONCE // len(lm.get_input_embeddings().weight))
+    vocab_size = len(lm.get_output_embeddings().weight)
+    rows = max(1, LOGITS_AT_ONCE // vocab_size)
+    buffer = torch.empty(min(rows, len(targets)), vocab_size, device=hidden.device)
     total, gradients = torch.zeros((), device=hidden.device), []
     with _HeadOnly(lm, output) as head:
         for part, wanted in zip(hidden.detach().split(rows), targets.split(rows), strict=True):
             part = part.requires_grad_(hidden.requires_grad)
-            logits = head(part).float()
-            loss = nn.functional.cross_entropy(logits, wanted, reduction="sum") / len(targets)
-            total += loss.detach()
+            logits = head(part)
+            loss, slope = _cross_entropy(logits.detach(), wanted, buffer)
+            total += loss / len(targets)
             if hidden.requires_grad:
-                gradients += torch.autograd.grad(loss, part)
+                gradients += torch.autograd.grad(logits, part, slope.div_(len(targets)).to(logits.dtype))
     if not hidden.requires_grad:
         return total
     # The second term is zero, and its gradient is the one found above.
     return total + ((hidden - hidden.detach()) * torch.cat(gradients)).sum()
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum over tokens of -log p(target), and its slope in each logit, float32 [n, vocab_size].
+
+    All in `buffer`: at this size new memory costs as much as the arithmetic.
+    """
+    x = buffer[: len(logits)].copy_(logits)
+    wanted, top = x.gather(1, targets[:, None]), x.amax(1, keepdim=True)
+    total = x.sub_(top).exp_().sum(1, keepdim=True)
+    loss = (total.log() + top - wanted).sum()
+    return loss, x.div_(total).scatter_add_(1, targets[:, None], torch.full_like(total, -1.0))
 
 
 class _HeadOnly:

@@ -14,7 +14,8 @@ from compress.calib.hidden import HiddenStates
 from compress.calib.model import Model
 from compress.errors import RunError
 
-LOGITS_AT_ONCE = 2**25  # numbers; a window of 512 tokens over 262,144 words would be 2**27
+LOGITS_AT_ONCE = 2**26  # in the model's dtype; a window of 512 tokens over 262,144 words would be 2**27
+FLOATS_AT_ONCE = 2**21  # of those, taken to float32 at a time: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,12 @@ def _nll(model: Model, windows: Tensor, on_step: Callable[[], None], folder: Pat
 
 def _window_nll(model: Model, hidden: Tensor, window: Tensor) -> float:
     """Negative log-likelihood in nats of window[1:], from hidden states [1, seqlen, hidden_size]."""
-    positions = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    vocab_size = model.config.get_text_config().vocab_size
     total = 0.0
-    for start in range(0, len(window) - 1, positions):
-        stop = min(start + positions, len(window) - 1)
-        logits = model.logits(hidden[:, start:stop])[0].float()
-        nll = torch.nn.functional.cross_entropy(logits, window[start + 1 : stop + 1], reduction="none")
-        total += nll.sum(dtype=torch.float64).item()
+    for positions in torch.arange(len(window) - 1, device=window.device).split(max(1, LOGITS_AT_ONCE // vocab_size)):
+        logits = model.logits(hidden[:, positions])[0]
+        rows = max(1, FLOATS_AT_ONCE // vocab_size)
+        for part, targets in zip(logits.split(rows), window[positions + 1].split(rows), strict=True):
+            nll = torch.nn.functional.cross_entropy(part.float(), targets, reduction="none")
+            total += nll.sum(dtype=torch.float64).item()
     return total

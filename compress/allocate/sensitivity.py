@@ -1,8 +1,8 @@
 """Sensitivity: try sparsities on each part of the model, and choose those that together distort its output least.
 
 Xu et al., Efficient Joint Optimization of Layer-Adaptive Weight Pruning in Deep Neural Networks, arXiv:2308.10438. For
-each group of layers and each candidate sparsity, that group alone is pruned by the recipe's own pruner and refiner, on
-statistics of the dense model, and the error of the last block's output on a few sequences is its distortion: squared,
+each group of layers and each candidate sparsity, that group alone is pruned by the recipe's own pruner and refiner (or a
+quicker `pruner`), on statistics of the dense model, and the error of the last block's output on a few sequences is its distortion: squared,
 relative to the output at each token, so that tokens with huge hidden states do not decide alone. The distortion of a
 whole plan is taken to be the sum over groups, which the paper derives from a Taylor series. Dynamic programming then
 finds the candidates of least sum that remove enough weights, counted in 1/20000 of all; what this grid leaves is spread
@@ -37,6 +37,7 @@ class Options(SpreadOptions):
     )
     reach: float = Field(0.3, ge=0, lt=1, description="candidates go this far from the target")
     step: float = Field(0.1, ge=0.005, lt=1, description="distance between candidates")
+    pruner: str | None = Field(None, description="what prunes in the trials; none: the recipe's own pruner and refiner")
     samples: int = Field(4, ge=1, description="calibration sequences that distortion is measured on")
     tokens: int = Field(512, ge=8, description="tokens of each")
 

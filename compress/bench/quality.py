@@ -17,6 +17,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sparsegpt 50%": {"pruner": "sparsegpt", "target": HALF},
     "wanda 2:4": {"pruner": "wanda", "target": TWO_OF_FOUR},
     "sparsegpt 2:4": {"pruner": "sparsegpt", "target": TWO_OF_FOUR},
+    "alps 50%": {"pruner": "alps", "target": HALF},
+    "alps 2:4": {"pruner": "alps", "target": TWO_OF_FOUR},
     "rtn W4": {"quantizer": "rtn", "target": {"wbits": 4, "symmetric": True}},
     "gptq W4": {"quantizer": "gptq", "target": {"wbits": 4, "symmetric": True}},
     "rtn W3": {"quantizer": "rtn", "target": {"wbits": 3, "symmetric": True}},
@@ -26,9 +28,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gptq W4 asymmetric": {"quantizer": "gptq", "target": {"wbits": 4, "symmetric": False}},
     "gptq W3 asymmetric": {"quantizer": "gptq", "target": {"wbits": 3, "symmetric": False}},
     "gptq W2 asymmetric": {"quantizer": "gptq", "target": {"wbits": 2, "symmetric": False}},
-    "sparsegpt 50% + gptq W4": {"target": {**HALF, "wbits": 4}},
-    "sparsegpt 2:4 + gptq W4": {"target": {**TWO_OF_FOUR, "wbits": 4}},
-    "sparsegpt 50% + gptq W4 + head 8": {"target": {**HALF, "wbits": 4, "head_bits": 8}},
+    "alps 50% + gptq W4": {"target": {**HALF, "wbits": 4}},
+    "alps 2:4 + gptq W4": {"target": {**TWO_OF_FOUR, "wbits": 4}},
+    "alps 50% + gptq W4 + head 8": {"target": {**HALF, "wbits": 4, "head_bits": 8}},
 }
 
 

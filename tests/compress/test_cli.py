@@ -46,7 +46,7 @@ def test_a_dry_run_shows_the_plan_and_leaves_nothing(llama_folder, text_file, tm
     flags = ["--pattern", "2:4", "--wbits", 3, "--group-size", 32, "--calib", text_file]
     done = call("run", llama_folder, *flags, "--out", tmp_path / "a", "--dry-run", "--json")
     plan = json.loads(done.stdout)
-    assert plan["steps"] == ["sparsegpt", "gptq"] and plan["format"] == "compressed-tensors"
+    assert plan["steps"] == ["alps", "gptq"] and plan["format"] == "compressed-tensors"
     assert not (tmp_path / "a").exists()
     flags += ["--nsamples", 4, "--seqlen", 32]
     real = json.loads(call("run", llama_folder, *flags, "--out", tmp_path / "a", "--json").stdout)

@@ -29,10 +29,10 @@ QUIET = Reporter(quiet=True)
 TOKENS = torch.randint(3, 200, (5, 32), generator=torch.Generator().manual_seed(0))
 
 
-def recipe_for(folder, allocate, text="none.txt", **more):
+def recipe_for(folder, allocate, text="none.txt", pruner="wanda", **more):
     calib = {"source": str(text), "nsamples": 4, "seqlen": 32}
     target = {"sparsity": 0.5, "allocate": allocate, **more.pop("target", {})}
-    return read_recipe(None, {"model": str(folder), "calib": calib, "target": target, "pruner": "wanda", **more})
+    return read_recipe(None, {"model": str(folder), "calib": calib, "target": target, "pruner": pruner, **more})
 
 
 def measured(folder, tmp_path, recipe):
@@ -237,3 +237,11 @@ def test_damaged_weights_stop_the_measurement_and_are_named(tmp_path):
     folder = changed(save_tiny(tmp_path / "m"), tmp_path, damage)
     with pytest.raises(RunError, match=r"model\.layers\.1\.self_attn\.q_proj or its inputs hold NaN"):
         measured(folder, tmp_path, recipe_for(folder, "owl"))
+
+
+def test_trials_may_use_a_quicker_pruner_than_the_recipe(tmp_path):
+    folder = save_tiny(tmp_path / "m")
+    quick = {"options": {"sensitivity": {"pruner": "magnitude"}, "wanda": {}}}
+    borrowed, _ = measured(folder, tmp_path / "a", recipe_for(folder, "sensitivity", **quick))
+    own, _ = measured(folder, tmp_path / "b", recipe_for(folder, "sensitivity", pruner="magnitude"))
+    assert torch.equal(borrowed, own)

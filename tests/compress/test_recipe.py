@@ -68,7 +68,7 @@ def test_a_model_is_asked_for():
 def test_a_pattern_says_the_sparsity():
     recipe = Recipe(model="m", target={"pattern": "5:16"})
     assert recipe.target.layer_plan().sparsity == pytest.approx(11 / 16)
-    assert recipe.steps == [("prune", "sparsegpt")]
+    assert recipe.steps == [("prune", "alps")]
 
 
 def test_blocks_go_into_the_plan():
