@@ -45,7 +45,7 @@ def calibration_windows(source: str, tokenizer: Any, nsamples: int, seqlen: int,
             f"{source} gives {available} windows of {seqlen} tokens, not {nsamples}: "
             f"lower --nsamples{f' to {available}' if available else ''} or --seqlen, or use a longer text"
         )
-    return _with_bos(windows[:nsamples], bos)
+    return _with_bos(windows, bos)
 
 
 def training_windows(source: str, tokenizer: Any, at_most: int, seqlen: int, seed: int) -> Tensor:
@@ -54,17 +54,17 @@ def training_windows(source: str, tokenizer: Any, at_most: int, seqlen: int, see
     int64 [n, seqlen]; n is 0 for a text shorter than a window.
     """
     bos, windows = _shuffled_windows(source, tokenizer, at_most, seqlen, seed)
-    return _with_bos(windows[:at_most], bos)
+    return _with_bos(windows, bos)
 
 
-def _shuffled_windows(source: str, tokenizer: Any, enough: int, seqlen: int, seed: int) -> tuple[int | None, Tensor]:
-    """The BOS, and windows of a source without it, [n, length], shuffled; documents give no more than `enough`."""
+def _shuffled_windows(source: str, tokenizer: Any, at_most: int, seqlen: int, seed: int) -> tuple[int | None, Tensor]:
+    """The BOS, and up to `at_most` windows of a source without it, [n, length], in the order that the seed gives."""
     bos, length = _layout(tokenizer, seqlen)
     text = read_text(source, "calibration", seed)
-    tokens = _tokens(text, tokenizer) if isinstance(text, str) else _document_tokens(text, tokenizer, enough * length)
+    tokens = _tokens(text, tokenizer) if isinstance(text, str) else _document_tokens(text, tokenizer, at_most * length)
     available = len(tokens) // length
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
-    return bos, tokens[: available * length].view(available, length)[order]
+    return bos, tokens[: available * length].view(available, length)[order[:at_most]]
 
 
 def evaluation_windows(source: str, tokenizer: Any, seqlen: int, max_windows: int | None = None) -> Tensor:

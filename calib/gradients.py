@@ -51,12 +51,12 @@ class GradientPass:
         reached = sorted(int(file.stem) for file in folder.glob("*.gradient"))
         whole = (b for b in reached if all(i in stored for i in range(b, span.stop)))
         self._next = next(whole, model.n_blocks)  # its input's gradient is known: from the head, or from before a kill
-        self.known = self._next < model.n_blocks or (folder / self._name(model.n_blocks)).exists()
+        self._known = self._next < model.n_blocks or (folder / self._name(model.n_blocks)).exists()
 
     @property
     def steps(self) -> int:
         """How many times `run` calls `on_step`."""
-        forward = self._next - self.span.start - (1 if self.known else 0)
+        forward = self._next - self.span.start - (1 if self._known else 0)
         return forward + self._next - self.span.start
 
     def run(
@@ -65,7 +65,7 @@ class GradientPass:
         keep: Callable[[int, LayerGradients], None],
         on_step: Callable[[], None] = lambda: None,
     ) -> None:
-        """Hand `keep` the gradients of each block of `span` that is not stored yet, from the last to the first.
+        """Hand `keep` the gradients of the blocks of `span`, from the last that is not stored to the first.
 
         `hidden`: what enters block `span.start` of each sequence, [1, seqlen, hidden_size], walked once. When `keep`
         returns the gradients must be on disk. `on_step` is called after each block, forward and backward.
@@ -95,7 +95,7 @@ class GradientPass:
             inputs[j] = (each,)
         assert inputs is not None  # there is at least one sequence
         last = self._next - 1
-        for index in range(first, last if self.known else last + 1):
+        for index in range(first, last if self._known else last + 1):
             with self.model.loaded(index) as block:
                 if index < last:
                     for j in range(n):

@@ -19,7 +19,7 @@ USAGE_ERROR: Any = typer.BadParameter.__base__  # typer brings a click of its ow
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 app.add_typer(bench, name="bench")
-app.command(help=sweep.__doc__)(sweep)
+app.command()(sweep)
 
 RUN_EXAMPLES = """
 Prune, quantize and save a causal language model, one transformer block in memory at a time.
@@ -61,9 +61,7 @@ def run(
     compare: Annotated[
         str | None, typer.Option(help="Unstructured scores compete within a row or the layer.", show_default="row")
     ] = None,
-    pruner: Annotated[
-        str | None, typer.Option(help="A method of `compress methods`.", show_default="alps")
-    ] = None,
+    pruner: Annotated[str | None, typer.Option(help="A method of `compress methods`.", show_default="alps")] = None,
     refine: Annotated[str | None, typer.Option(help="What improves the pruner's mask, such as dsnot.")] = None,
     train: Annotated[str | None, typer.Option(help="Text that methods which train learn from, such as atp.")] = None,
     wbits: Annotated[int | None, typer.Option(help="Bits a weight: 2, 3, 4 or 8.")] = None,

@@ -13,8 +13,8 @@ bench = typer.Typer(
     no_args_is_help=True, help="Measure quality, gradients and speed: what every claim of ours comes from."
 )
 
-Runs = Annotated[Path, typer.Option("--out", help="Folder for the runs; finished ones are not repeated.")]
-Measured = Annotated[
+RunsFolder = Annotated[Path, typer.Option("--out", help="Folder for the runs; finished ones are not repeated.")]
+EvalText = Annotated[
     str, typer.Option("--ppl", help="Text to measure perplexity on: wikitext2, ptb, builtin, or a file.")
 ]
 Windows = Annotated[int, typer.Option("--max-windows", min=1, help="Windows of the text.")]
@@ -25,8 +25,8 @@ def sweep(
     method: Annotated[
         list[str], typer.Option(metavar="SETTING", help="A setting; may be repeated, or several with commas between.")
     ],
-    ppl: Measured,
-    out: Runs,
+    ppl: EvalText,
+    out: RunsFolder,
     sparsity: Annotated[
         list[str] | None, typer.Option(help="Share of weights to remove; repeated, or with commas between.")
     ] = None,
@@ -52,9 +52,10 @@ def sweep(
     """Run every setting at every sparsity, pattern and width, and measure each.
 
     Ends in a table, OUT/sweep.csv, OUT/sweep.json and a plot. A SETTING is
-    PRUNER, PRUNER+REFINE, QUANTIZER or PRUNER+QUANTIZER; then @ALLOCATE; then
-    :KEY=VALUE,... where KEY is METHOD.OPTION as in `run --set`, or a key of
-    recipes. Runs share calibration tokens and gradients of the dense model.
+    PRUNER, PRUNER+REFINE or QUANTIZER, or one of the first two +QUANTIZER; then
+    @ALLOCATE; then :KEY=VALUE,... where KEY is METHOD.OPTION as in `run --set`,
+    or a key of recipes, such as target.sparsity if no --sparsity is given. Runs
+    share calibration tokens and gradients of the dense model.
 
     The same command again goes on where it was stopped; more settings or
     targets add to what is there. A run that fails is in the table as failed,
@@ -69,6 +70,9 @@ def sweep(
         --method sparsegpt:sequential=true,calib.nsamples=64 --ppl c4 --out owl
 
       compress sweep llama-7b --method rtn,gptq --wbits 4,3 --ppl c4 --out bits
+
+      compress sweep llama-7b --method atp:train=domain.txt --sparsity 0.3
+        --ppl c4 --out smaller
     """
     from compress.sweep import Request
     from compress.sweep import sweep as measure
@@ -83,8 +87,8 @@ def sweep(
 @bench.command()
 def quality(
     model: ModelName,
-    ppl: Measured,
-    out: Runs,
+    ppl: EvalText,
+    out: RunsFolder,
     calib: Annotated[str, typer.Option(help="Calibration text.")] = "c4",
     nsamples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
     seqlen: Annotated[int, typer.Option(help="Tokens a sequence and a window.")] = 512,

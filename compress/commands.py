@@ -99,11 +99,12 @@ def _with_perplexity(
 
 def _run_table(result: dict[str, Any]) -> Any:
     dense_bits = result["dense_bytes"] * 8 / result["parameters"]
+    sparsity = "weights taken out of the blocks" if "widths" in result else "sparsity of those layers"
     rows = [
         ["size of the weights", size(result["dense_bytes"]), size(result["compressed_bytes"])],
         ["bits a weight, whole model", f"{dense_bits:.2f}", f"{result['bits_per_weight']:.2f}"],
         ["bits a weight, compressed layers", f"{dense_bits:.2f}", f"{result['layer_bits_per_weight']:.2f}"],
-        ["sparsity of those layers", "0 %", f"{100 * result['sparsity']:.1f} %"],
+        [sparsity, "0 %", f"{100 * result['sparsity']:.1f} %"],
     ]
     if "eval" in result:
         measured = result["eval"]

@@ -36,8 +36,8 @@ def estimate(recipe: Recipe, folder: Path, out: Path, device: str, reporter: Rep
 
     A rule of allocation that measures the dense model does so, for the very plan the run will have.
     """
-    model = open_model(folder, recipe.dtype, device)
     steps = find_steps(recipe)
+    model = open_model(folder, recipe.dtype, device)
     layers, head = plan_layers(model, recipe), plan_head(model, recipe)
     planned = [*head, *(layer.stored for layer in layers if layer.stored)]
     format_name, reason = choose_format(recipe.format, planned)
@@ -48,6 +48,7 @@ def estimate(recipe: Recipe, folder: Path, out: Path, device: str, reporter: Rep
     compressed = sum(p.numel() * width for p in kept.values()) + sum(layer.packed.nbytes for layer in planned)
     solvers = sum("hessian" in step.needs for step in steps)
     seconds = _seconds(model, layers, recipe, needs, solvers)
+    seconds["solve"] += sum(step.flops(*layer.shape) for step in steps for layer in layers) / _flops(torch.float32)
     if measures(recipe):
         started = time.monotonic()
         layers = rehearse_allocation(model, recipe, layers, reporter)
@@ -214,8 +215,8 @@ def _memory(model: Model, layers: list[PlannedLayer], recipe: Recipe, needs: fro
     """Estimated peak resident bytes: what stays, one block, its statistics, and the largest layer's solve."""
     width = _itemsize(model)
     outside = sum(p.numel() for n, p in model.lm.named_parameters() if not n.startswith(model.path + ".")) * width
-    block = _largest(sum(x.n_weights for x in layers if x.block == i) for i in range(model.n_blocks)) * 2 * width
-    layer = _largest(x.n_weights for x in layers) * 4 * 6
+    block = _largest(sum(x.n_weights for x in layers if x.block == i) for i in range(model.n_blocks))
+    layer = _largest(x.n_weights for x in layers)
     hidden = recipe.calib.nsamples * recipe.calib.seqlen * model.config.get_text_config().hidden_size * width
     statistics = 0
     if "hessian" in needs:
@@ -224,9 +225,9 @@ def _memory(model: Model, layers: list[PlannedLayer], recipe: Recipe, needs: fro
     vocabulary = model.folder / "tokenizer.json"
     tokenizer = TOKENIZER * vocabulary.stat().st_size if needs and vocabulary.exists() else 0
     fields = len(needs & FIELDS)
-    taking_gradients = 4 * fields * block // (2 * width) + 10 * LOGITS_AT_ONCE if fields else 0
-    compressing = layer * (6 + fields) // 6 + (hidden if needs else 0) + statistics
-    return int(IMPORTS + tokenizer + outside + block + max(compressing, taking_gradients))
+    taking_gradients = 4 * fields * block + 10 * LOGITS_AT_ONCE if fields else 0
+    compressing = 4 * (6 + fields) * layer + (hidden if needs else 0) + statistics
+    return int(IMPORTS + tokenizer + outside + 2 * width * block + max(compressing, taking_gradients))
 
 
 def _largest(values: Iterable[int]) -> int:

@@ -51,8 +51,8 @@ class Gradients:
             clean(folder)
             return
         with disk_errors(folder):
-            going = GradientPass(self.model, tokens, self.fields, span, folder, stored)
-            with reporter.stage("gradients", going.steps) as stage:
+            one_pass = GradientPass(self.model, tokens, self.fields, span, folder, stored)
+            with reporter.stage("gradients", one_pass.steps) as stage:
                 started = time.monotonic()
 
                 def keep(index: int, gradients: LayerGradients) -> None:
@@ -60,7 +60,7 @@ class Gradients:
                     self._write(index, gradients, time.monotonic() - started)
                     started = time.monotonic()
 
-                going.run(hidden, keep, stage.step)
+                one_pass.run(hidden, keep, stage.step)
 
     def of(self, block: int, layer: str) -> dict[str, Any]:
         """A layer's gradient fields, [out, in] float32. Raises RunError if their file is damaged."""
@@ -70,8 +70,8 @@ class Gradients:
             return {field: file.get_tensor(f"{layer}.{field}") for field in self.fields}
 
     def _folder(self, span: range) -> Path:
-        dense = self.run.folder_of("gradients") if span.start == 0 else self.run.path
-        return dense / "gradients" / "_".join([f"{span.start:04d}-{span.stop - 1:04d}", *sorted(self.fields)])
+        base = self.run.folder_of("gradients") if span.start == 0 else self.run.path  # later ones are this run's alone
+        return base / "gradients" / "_".join([f"{span.start:04d}-{span.stop - 1:04d}", *sorted(self.fields)])
 
     def _file(self, block: int) -> Path:
         return self._folder(self.span(block)) / f"{block:04d}.safetensors"

@@ -1,14 +1,13 @@
 """What a rule of allocation asks of the dense model, measured with one block in memory at a time.
 
-A rule with `measure_block` gets the weights and input statistics of each block. A rule with `trials` gets the distortion
-of each trial: at its block a trial starts as the dense hidden states sent through the pruned block, and from there on
-its hidden states go through every dense block, beside those of the dense model itself.
+A rule with `measure_block` gets the weights and input statistics of each block. A rule with `trials` gets the
+distortion of each trial: at its block a trial starts as the dense hidden states sent through the pruned block, and from
+there on its hidden states go through every dense block, beside those of the dense model itself.
 """
 
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from compress.plan import PlannedLayer, find_rule
 from compress.progress import Reporter
 from compress.recipe import Recipe
 from compress.run_dir import RunDir
-from compress.steps import Step, find_steps
+from compress.steps import Step, find_trial_steps
 from compress.task import LayerPlan, LayerTask
 
 
@@ -49,13 +48,13 @@ def measures(recipe: Recipe) -> bool:
 def measure(dense: DenseModel, recipe: Recipe, tokens: Tensor) -> Tensor:
     """What the recipe's rule asks for, float64: [n_layers] of a `measure_block`, [n_trials] of `trials`.
 
-    `tokens`: [nsamples, seqlen] int64. The model's weights are as before in the end. Raises RunError if the model yields
-    NaN or infinity.
+    `tokens`: [nsamples, seqlen] int64. The model's weights are as before in the end. Raises RunError if the model
+    yields NaN or infinity.
     """
     rule, options = find_rule(recipe)
     if hasattr(rule, "trials"):
         planned = rule.trials(dense.layers, recipe.target.layer_plan(), options)
-        steps = [step for step in find_steps(_tried(recipe, options)) if step.stage in ("prune", "refine")]
+        steps = find_trial_steps(recipe, options.pruner)
         return _distortions(dense, tokens, steps, planned, tokens[: options.samples, : options.tokens])
     never_called = torch.zeros((), dtype=torch.float64)
     figures = {layer.name: never_called for layer in dense.layers}
@@ -63,16 +62,6 @@ def measure(dense: DenseModel, recipe: Recipe, tokens: Tensor) -> Tensor:
         found = rule.measure_block([(layer.weight, stats[layer.name]) for layer in layers], options)
         figures |= {layer.name: figure for layer, figure in zip(layers, found, strict=True)}
     return torch.stack([figures[layer.name] for layer in dense.layers])
-
-
-def _tried(recipe: Recipe, options: Any) -> Recipe:
-    """The recipe with the pruner of the trials, which comes with its defaults unless it is the recipe's own."""
-    if options.pruner is None:
-        return recipe
-    kept = {name: each for name, each in recipe.options.items() if name in (options.pruner, recipe.target.allocate)}
-    target = recipe.target.model_copy(update={"wbits": 16})
-    changes = {"pruner": options.pruner, "refine": None, "quantizer": None, "target": target, "options": kept}
-    return recipe.model_copy(update=changes)
 
 
 def _observed_blocks(
@@ -102,27 +91,29 @@ def _require_finite(layer: Layer, stats: LayerStats, dtype: torch.dtype) -> None
     if not (stats.finite and bool(torch.isfinite(layer.weight).all())):
         name = str(dtype).removeprefix("torch.")
         raise RunError(
-            f"{layer.name} or its inputs hold NaN or infinity: the model's files are damaged, or do not fit {name}"
+            f"{layer.name} or its inputs hold NaN or infinity: the model's files are damaged, or do not fit {name} "
+            "(--dtype float32)"
         )
 
 
 def _distortions(dense: DenseModel, tokens: Tensor, steps: list[Step], trials: list[Trial], sample: Tensor) -> Tensor:
-    """The distortion of each trial, [n_trials] float64, on `sample` [n, length]; trials come in the order of their blocks.
+    """The distortion of each trial, [n_trials] float64, on `sample` [n, length].
 
-    It is the mean over tokens of the squared error of what leaves the last block, relative to its square.
+    It is the mean over tokens of the squared error of what leaves the last block, relative to its square; infinite where
+    that is no number. Trials come in the order of their blocks.
     """
     model, n, target = dense.model, len(sample), dense.layers[0].plan
     needs = frozenset[str]().union(*(step.needs for step in steps))
-    gradients = Gradients(model, dense.run, needs & FIELDS, 0)
+    of_inputs = needs - FIELDS
+    gradients = Gradients(model, dense.run, needs & FIELDS, every=0)
     if gradients.due(0):
         gradients.take(0, tokens, (model.embed(sequence) for sequence in tokens), dense.reporter)
-    streams = HiddenStates(
-        model.embed(sample[0]), n * (1 + len(trials)), dense.run.path
-    )  # dense, then each trial begun
+    # The dense model's hidden states, then those of each trial begun.
+    streams = HiddenStates(model.embed(sample[0]), n * (1 + len(trials)), dense.run.path)
     for index, sequence in enumerate(sample):
         streams[index] = model.embed(sequence)
     begun = n
-    for block, layers, stats in _observed_blocks(dense, tokens if needs else tokens[:1], needs - FIELDS):
+    for block, layers, stats in _observed_blocks(dense, tokens if of_inputs else tokens[:1], of_inputs):
         before = begun
         for trial in trials:
             if trial.block == block.index:

@@ -30,7 +30,7 @@ from compress.progress import Reporter
 from compress.recipe import Calibration, Recipe
 from compress.run_dir import Finished, RunDir
 from compress.steps import find_steps
-from compress.whole_model import after_pruning, prepare, prune_whole_model, prunes_whole_model
+from compress.whole_model import PRUNED, after_pruning, prepare, prune_whole_model, prunes_whole_model
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HEAD = "head"  # what the run folder calls embeddings and head
@@ -120,15 +120,14 @@ def _smaller(
 ) -> tuple[Model, list[PlannedLayer], dict[str, Any]]:
     """What a method that prunes whole models leaves of one, the plan of its layers, and figures of the pruning."""
     figures = prune_whole_model(recipe, model, run, reporter)
-    model = open_model(run.path / "pruned", recipe.dtype, model.device)
+    model = open_model(run.path / PRUNED, recipe.dtype, model.device)
     return model, plan_layers(model, after_pruning(recipe)), figures
 
 
 def _earlier_seconds(run: RunDir) -> float:
     """What earlier sittings spent on what this one did not do again."""
     lines, new = run.journal.read(), run.journal.this_sitting()
-    kept = ("measured", "train")
-    measured = sum(line["seconds"] for line in lines[: len(lines) - len(new)] if line["event"] in kept)
+    measured = sum(line["seconds"] for line in lines[: len(lines) - len(new)] if line["event"] == "measured")
     return measured + sum(line["seconds"] for line in new if line["event"] == "replayed")
 
 
@@ -176,7 +175,8 @@ def allocate(
         reporter.say(f"measuring the dense model, for {recipe.target.allocate} to spread the sparsity")
         started = time.monotonic()
         figures = measure(DenseModel(model, layers, run, reporter), recipe, tokens)
-        run.journal.write(event="measured", seconds=round(time.monotonic() - started, 3))
+        own_lines = (line["seconds"] for line in run.journal.this_sitting() if line["event"] == "gradients")
+        run.journal.write(event="measured", seconds=round(time.monotonic() - started - sum(own_lines), 3))
         return {"measured": figures}
 
     layers = allocated(layers, recipe, run.once("measured", measured)["measured"])

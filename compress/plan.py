@@ -13,7 +13,7 @@ from compress.checkpoint.stored import StoredLayer
 from compress.errors import InputError
 from compress.kernels.weights import IntWeight
 from compress.recipe import Recipe
-from compress.steps import find_method, find_options
+from compress.steps import find_method, find_options, find_trial_steps
 from compress.task import LayerPlan
 
 
@@ -28,12 +28,15 @@ class PlannedLayer(LayerSize):
 def plan_layers(model: Model, recipe: Recipe) -> list[PlannedLayer]:
     """The plan of every layer in the blocks, before an allocation that measures moves sparsity between them.
 
-    Raises InputError where a group or a pattern does not divide a layer, and for an allocation that there is not.
+    Raises InputError where a group or a pattern does not divide a layer, and for an allocation that there is not or
+    that tries what there is not.
     """
     layers = [(index, layer) for index in range(model.n_blocks) for layer in model.layers_of(index)]
     if not layers:
         raise InputError(f"{model.config.model_type}: found no linear layers in its blocks")
-    find_rule(recipe)
+    rule, options = find_rule(recipe)
+    if hasattr(rule, "trials"):
+        find_trial_steps(recipe, options.pruner)
     plan = recipe.target.layer_plan()
     return [_planned(index, layer, plan) for index, layer in layers]
 
@@ -45,7 +48,7 @@ def find_rule(recipe: Recipe) -> tuple[ModuleType, Any]:
 
 
 def allocated(layers: list[PlannedLayer], recipe: Recipe, measured: Tensor) -> list[PlannedLayer]:
-    """The layers with the sparsity where the recipe's rule puts it, from what was measured for it (compress/measure.py)."""
+    """The layers with the sparsity where the recipe's rule puts it, from what `measure` found for it."""
     rule, options = find_rule(recipe)
     plans = rule.allocate_layers(layers, measured, recipe.target.layer_plan(), options)
     return [replace(layer, plan=plans[layer.name]) for layer in layers]

@@ -17,37 +17,43 @@ from compress.files import replace_file
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":")  # a second round of the colours
+SWEPT = {"layer_sparsity": "sparsity", "wbits": "wbits"}  # what was asked of each axis; ticks stand there
 LINE = 0.045  # height of a label as a share of the axis
+WORST = 1000  # times the dense model's perplexity: where the axis ends, since what is beyond is of no use
 
 
 def draw_sweep(data: dict[str, Any], files: Sequence[Path]) -> None:
     """Perplexity on a log axis against sparsity, a line a setting; against bits where nothing was pruned.
 
     `data`: what `sweep` returns. Patterns such as 2:4 are hollow markers beside the lines. Each setting's name stands
-    at the end of its line. The endings of `files` say the formats.
+    at the end of its line. Lines that go beyond WORST leave the plot. The endings of `files` say the formats.
     """
-    done = [row for row in data["runs"] if "failed" not in row]
+    dense = data["dense"]["perplexity"]
+    top = WORST * dense
+    done = [row | {"shown": min(row["perplexity"], 2 * top)} for row in data["runs"] if "failed" not in row]
     axis = "layer_sparsity" if any(row["sparsity"] for row in done) else "wbits"
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     axes.set_yscale("log")
     labels = []
     for (name, rows), (colour, marker, dash) in zip(_series(done).items(), _styles(), strict=False):
-        line = sorted((row[axis], row["perplexity"]) for row in rows if ":" not in row["pattern"])
+        line = sorted(((row[axis], row["shown"]) for row in rows if ":" not in row["pattern"]), reverse=axis == "wbits")
         style = {"color": colour, "marker": marker}
         if line:
             axes.plot(*zip(*line, strict=True), linestyle=dash, linewidth=1.6, markersize=5, **style)
         fixed = [row for row in rows if ":" in row["pattern"]]
         for row in fixed:
-            place = (row[axis], row["perplexity"])
+            place = (row[axis], row["shown"])
             axes.plot(*place, linestyle="none", markersize=8, markerfacecolor="none", **style)
             axes.annotate(row["pattern"], place, (6, -3), textcoords="offset points", fontsize=7, color=colour)
-        labels.append((*(line[-1] if line else (fixed[-1][axis], fixed[-1]["perplexity"])), name, colour))
-    dense = data["dense"]["perplexity"]
+        labels.append((*(line[-1] if line else (fixed[-1][axis], fixed[-1]["shown"])), name, colour))
     axes.axhline(dense, color="0.4", linewidth=1, linestyle=(0, (1, 2)))
     axes.annotate(f"dense {dense:.2f}", (0, dense), (4, 3), xycoords=("axes fraction", "data"),
                   textcoords="offset points", fontsize=8, color="0.3")  # fmt: skip
+    if any(row["shown"] > top for row in done):
+        axes.set_ylim(top=top)
     _dress(axes, axis, data)
+    axes.set_xticks(sorted({row[SWEPT[axis]] for row in done}))
     _label(axes, labels)
     _save(figure, files)
 
@@ -90,13 +96,23 @@ def _label(axes: Axes, labels: list[tuple[float, float, str, str]]) -> None:
     axes.autoscale_view()  # or the axes do not know their ends yet
     to_share = (axes.transData + axes.transAxes.inverted()).transform
     places = sorted((float(to_share((x, y))[1]), x, y, name, colour) for x, y, name, colour in labels)
-    heights: list[float] = []
-    for height, *_ in places:
-        heights.append(max(height, heights[-1] + LINE) if heights else height)
+    heights = _apart([height for height, *_ in places], min(LINE, 1 / max(1, len(places) - 1)))
     for height, (_, x, y, name, colour) in zip(heights, places, strict=True):
         leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.4, "alpha": 0.6, "relpos": (0, 0.5)}
-        axes.annotate(name, (x, y), (1.03, height), textcoords="axes fraction", fontsize=8, color=colour, va="center",
+        end = (x, min(y, axes.get_ylim()[1]))
+        axes.annotate(name, end, (1.03, height), textcoords="axes fraction", fontsize=8, color=colour, va="center",
                       annotation_clip=False, arrowprops=leader)  # fmt: skip
+
+
+def _apart(heights: list[float], gap: float) -> list[float]:
+    """Ascending heights moved up, and down again from 1, until neighbours are `gap` apart."""
+    up: list[float] = []
+    for height in heights:
+        up.append(max(height, up[-1] + gap) if up else height)
+    down: list[float] = []
+    for height in reversed(up):
+        down.append(min(height, down[-1] - gap) if down else min(height, 1.0))
+    return down[::-1]
 
 
 def _save(figure: Figure, files: Sequence[Path]) -> None:

@@ -125,7 +125,8 @@ class Recipe(_Frozen):
             raise ValueError(f"refine {self.refine} has nothing to do: give --sparsity or --pattern")
         if self.refine and target.block is not None:
             raise ValueError(
-                f"refine {self.refine} swaps single weights, which pattern {target.pattern} does not allow"
+                f"refine {self.refine} works on single weights, which pattern {target.pattern} does not allow: "
+                "leave out refine"
             )
         if self.quantizer and not quantizes:
             raise ValueError(f"quantizer {self.quantizer} has nothing to do: give --wbits")

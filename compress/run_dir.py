@@ -3,6 +3,7 @@
     recipe.toml          what was asked, every default written out
     run.json             versions and a fingerprint of the model's files
     tokens.safetensors   the calibration tokens
+    measured.safetensors, plan.json   what an allocation measured; the sparsity it gave each layer
     log.jsonl            the journal, one line per layer and step, then one per block
     gradients/0000-0017_grad_sq/0007.safetensors   gradients of a block's weights, from one pass over blocks 0 to 17
     blocks/0007.safetensors, 0007.json   a finished block; its checksum and figures, written after it
@@ -70,8 +71,11 @@ class RunDir:
         self._locks.close()
 
     def folder_of(self, key: str) -> Path:
-        """Where what `key` names is kept: the shared folder for the calibration tokens and for gradients of the dense
-        model, if there is one; the run's own for all else, such as gradients taken anew after blocks were pruned."""
+        """Where what `key` names is kept: what runs have in common in the shared folder, if there is one.
+
+        That is the calibration tokens and gradients of the dense model. All else is in the run's own, such as gradients
+        taken anew after blocks were pruned.
+        """
         return self.path if self._shared is None or key not in OF_THE_DENSE_MODEL else self._shared
 
     def once(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

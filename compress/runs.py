@@ -22,7 +22,7 @@ from compress.progress import Reporter
 from compress.recipe import Recipe
 from compress.run_dir import Finished, check_claim, held, read_json
 from compress.steps import find_steps
-from compress.whole_model import prepare, prunes_whole_model
+from compress.whole_model import drop_smaller, prepare, prunes_whole_model
 
 
 @dataclass(frozen=True)
@@ -178,14 +178,15 @@ def _figures(bench: Bench, run: Run) -> dict[str, Any]:
         disposable.parent.mkdir(parents=True, exist_ok=True)
         disposable.touch()
     asked = [{"perplexity": bench.protocol.described()}, *([{"speed": asdict(bench.speed)}] if bench.speed else [])]
-    if result is None or any(record.get(each) is None for each in asked):
+    lost = bench.keep and not (run.folder / "config.json").exists()  # removed by a sitting that was to keep none
+    if result is None or lost or any(record.get(each) is None for each in asked):
         forget_peak()
         shared = None if prunes_whole_model(run.recipe) else bench.shared  # its blocks are of another model
         result = compress(run.recipe, bench.model, run.folder, bench.reporter, bench.device, shared)
     found = _perplexity(bench, run.folder, record, {}) | _speed(bench, run.folder, record)
     if disposable.exists():
         remove_checkpoint(run.folder)
-        shutil.rmtree(run.folder / "run" / "pruned", ignore_errors=True)  # the smaller model it was made of
+        drop_smaller(run.folder / "run")
     same = ("dense_bytes", "compressed_bytes", "layer_bits_per_weight", "seconds", "peak_rss_bytes")
     return found | {"layer_sparsity": result["sparsity"], **{key: result[key] for key in same}}
 

@@ -33,6 +33,7 @@ class Step:
     needs: frozenset[str]  # the fields of LayerStats it reads
     options: MethodOptions
     run: Callable[[LayerTask], LayerTask]
+    flops: Callable[[int, int], float]  # of a layer [out, in], beyond the column sweep of a method that reads Hessians
 
 
 def methods(stage: str) -> dict[str, ModuleType]:
@@ -77,23 +78,49 @@ def find_options(stage: str, name: str, values: dict[str, Any]) -> MethodOptions
 def find_steps(recipe: Recipe) -> list[Step]:
     """What each layer goes through, in order; methods of the whole model are not among them.
 
-    Raises InputError for an unknown method, option or unused options table.
+    Raises InputError for an unknown method or option, and for settings that no method of the recipe reads.
     """
     used = {name for _, name in recipe.steps} | {recipe.target.allocate}
     if unused := [name for name in recipe.options if name not in used]:
         raise InputError(f"options for {unused[0]}, which this recipe does not use (it uses {', '.join(sorted(used))})")
-    steps = []
-    for stage, name in recipe.steps:
-        method = find_method(stage, name)
-        options = find_options(stage, name, recipe.options.get(name, {}))
-        if whole_model(stage, name):
-            continue
-        verb = getattr(method, verb_of(stage, method))
-        needs = method.needs(options) if hasattr(method, "needs") else method.NEEDS
-        steps.append(Step(stage, name, frozenset(needs), options, _bound(verb, options)))
+    every = [_step(recipe, stage, name) for stage, name in recipe.steps]  # all, so that all options are checked
+    steps = [step for step in every if not whole_model(step.stage, step.name)]
     if recipe.calib.refresh_gradients and not any(step.needs & FIELDS for step in steps):
         raise InputError("calib.refresh_gradients has nothing to do: no method of this recipe reads gradients")
+    if recipe.train is not None and len(steps) == len(every):
+        raise InputError(f"train {recipe.train} has nothing to do: no method of this recipe trains the model")
     return steps
+
+
+def find_trial_steps(recipe: Recipe, pruner: str | None) -> list[Step]:
+    """What a layer goes through when an allocation tries a sparsity on it: the recipe's pruner and refiner, or `pruner`.
+
+    `pruner` comes with its defaults unless it is the recipe's own. Raises InputError for one that there is not, or that
+    works on whole models.
+    """
+    own = [(stage, name) for stage, name in recipe.steps if stage in ("prune", "refine")]
+    steps = own if pruner is None else [("prune", pruner)]
+    if whole := [name for stage, name in steps if whole_model(stage, name)]:
+        raise InputError(
+            f"{recipe.target.allocate} tries pruners on parts of the model, and {whole[0]} works on a whole one: "
+            "take another pruner, such as wanda"
+        )
+    return [_step(recipe, stage, name) for stage, name in steps]
+
+
+def _step(recipe: Recipe, stage: str, name: str) -> Step:
+    """A method with the options that the recipe has for it."""
+    method = find_method(stage, name)
+    options = find_options(stage, name, recipe.options.get(name, {}))
+    needs = method.needs(options) if hasattr(method, "needs") else method.NEEDS
+    verb = getattr(method, verb_of(stage, method))
+    return Step(stage, name, frozenset(needs), options, _bound(verb, options), _flops(method, options))
+
+
+def _flops(method: ModuleType, options: MethodOptions) -> Callable[[int, int], float]:
+    """What a method says of its own cost, if it does."""
+    said: Callable[[int, int, MethodOptions], float] = getattr(method, "flops", lambda *_: 0.0)
+    return lambda out_features, in_features: said(out_features, in_features, options)
 
 
 def _bound(

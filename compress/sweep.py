@@ -66,7 +66,7 @@ def sweep(request: Request, device: str) -> Report:
     """
     reporter, device = Reporter(), pick_device(device)
     runs, seqlen = plan_runs(request)
-    folder = find_model(request.model, None, reporter)
+    folder = find_model(request.model, runs[0].recipe.revision, reporter)
     drawing = find_spec("matplotlib") is not None
     if not drawing:
         reporter.say(NO_PLOT)
@@ -96,13 +96,13 @@ def plan_runs(request: Request) -> tuple[list[Run], int]:
     columns = _columns(request)
     base = {**request.base, "model": request.model}
     settings = [(text, read_setting(text)) for text in split_settings(request.settings)]
-    plain = read_recipe(request.recipe, merged(base, {"target": columns[0].values}))
     runs = [
         Run(text, column.label, _recipe(request, base, (text, values), column), request.out / _name(text, column.label))
         for text, values in settings
         for column in columns
     ]
-    return runs, plain.calib.seqlen
+    target = runs[0].recipe.target.model_dump(exclude_none=True)  # a recipe has to have one
+    return runs, read_recipe(request.recipe, merged(base, {"target": target})).calib.seqlen
 
 
 def _columns(request: Request) -> list[Column]:
@@ -138,6 +138,9 @@ def _recipe(request: Request, base: dict[str, Any], setting: tuple[str, dict[str
         raise InputError(f"{where}: {error}") from error
     if recipe.target.density_gap > 0 and recipe.pruner is None:
         raise InputError(f"{where}: it names no pruner to come to that with: write one, such as wanda+{text}")
+    if recipe.target.wbits < 16 and recipe.quantizer is None:
+        names = text.partition(":")[0].partition("@")[0]
+        raise InputError(f"{where}: it names no quantizer to come to that with: write one, such as {names}+gptq")
     return recipe
 
 
@@ -157,13 +160,13 @@ def _write(out: Path, data: dict[str, Any]) -> None:
 
 
 def _tables(data: dict[str, Any]) -> list[Any]:
-    """Perplexity; its ratio to the dense model's and the seconds; speed if it was measured; what failed."""
+    """Perplexity and the seconds; its ratio to the dense model's; speed if it was measured; what failed."""
     runs, dense = data["runs"], data["dense"]["perplexity"]
     tables = [
         f"perplexity; {dense:.2f} dense",
-        table("", *_grid(runs, lambda row: number(row["perplexity"]))),
+        table("", *_with_seconds(_grid(runs, lambda row: number(row["perplexity"])), runs)),
         "\nperplexity, x dense",
-        table("", *_with_seconds(_grid(runs, lambda row: number(row["ratio"])), runs)),
+        table("", *_grid(runs, lambda row: number(row["ratio"]))),
     ]
     if any("speed" in row for row in runs):
         tables += ["\nspeed, x dense: of a prompt, of a token after it", table("", *_grid(runs, _speed_cell))]
@@ -192,7 +195,7 @@ def _with_seconds(grid: Grid, runs: list[dict[str, Any]]) -> Grid:
     for row in runs:
         seconds.setdefault(row["setting"], []).extend([row["seconds"]] if "seconds" in row else [])
     means = [f"{mean(each):.0f}" if each else "" for each in seconds.values()]
-    return [*columns, "seconds"], [[*row, value] for row, value in zip(rows, means, strict=True)]
+    return [*columns, "mean seconds"], [[*row, value] for row, value in zip(rows, means, strict=True)]
 
 
 def _speed_cell(row: dict[str, Any]) -> str:

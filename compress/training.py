@@ -5,9 +5,11 @@ model's work and all of its memory, so the loss is taken a few positions at a ti
 """
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,13 +26,20 @@ from compress.structures import Masks, Structure, Structures, masked
 
 LOGITS_AT_ONCE = 1 << 25  # elements of a float32 piece of logits: 128 MB
 ADAPTER = "default"
+SECONDS = "seconds"  # in the metadata of a saved state
+
+
+def require_peft() -> None:
+    """Raise InputError if peft, which the extra `train` brings, is not installed."""
+    if find_spec("peft") is None:
+        raise InputError('training needs peft: pip install "compress-llm[train]"')
 
 
 class Trainee:
     """A causal language model with trainable adapters, seen by its structures.
 
     All of the model is loaded. The adapters start as nothing: B is zero. Their output is not scaled (alpha = rank).
-    Raises InputError if peft is not installed.
+    Needs peft: see `require_peft`.
     """
 
     def __init__(self, model: Model, structures: Structures, rank: int, seed: int):
@@ -52,10 +61,8 @@ class Trainee:
             yield from (layer for layer in self.model.layers_of(index) if isinstance(layer.owner, nn.Linear))
 
     def _inject(self, names: list[str], rank: int) -> None:
-        try:
-            from peft import LoraConfig, inject_adapter_in_model
-        except ModuleNotFoundError as error:
-            raise InputError('training needs peft: pip install "compress-llm[train]"') from error
+        from peft import LoraConfig, inject_adapter_in_model
+
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), self.model.lm, ADAPTER)
         for name, parameter in self.model.lm.named_parameters():
             parameter.requires_grad_("lora_" in name)
@@ -208,19 +215,28 @@ class Session:
 
     file: Path
     tell: Callable[[int, dict[str, Any]], None]  # the step just done, and its figures
+    earlier: float = 0.0  # seconds that went into the state which `restore` gave
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Spent on the training so far, without what a kill lost."""
+        return round(self.earlier + time.monotonic() - self.started, 3)
 
     def save(self, tensors: dict[str, Tensor]) -> None:
         """Put a state on disk in place of the one before."""
-        write_tensors(self.file, tensors)
+        write_tensors(self.file, tensors, {SECONDS: repr(self.seconds)})
 
     def restore(self) -> dict[str, Tensor] | None:
         """The last state saved. Raises RunError if the file is damaged."""
         if not self.file.exists():
             return None
         try:
-            return read_all(self.file)[0]
+            tensors, metadata = read_all(self.file)
         except (SafetensorError, OSError) as error:
             raise RunError(f"{self.file} is damaged ({error}): remove it to train from the start") from error
+        self.earlier = float(metadata[SECONDS])
+        return tensors
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import math
 import shutil
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -18,18 +19,19 @@ from compress.calib.data import training_windows
 from compress.calib.model import Model
 from compress.calib.texts import check_source
 from compress.checkpoint.save import files_along
-from compress.checkpoint.writer import ShardWriter
+from compress.checkpoint.writer import ShardWriter, remove_checkpoint
 from compress.errors import InputError
 from compress.files import replace_file, write_json
 from compress.plan import dense_bytes, n_parameters
 from compress.progress import Reporter, Stage
 from compress.recipe import Recipe
 from compress.report import Report, size, table
-from compress.run_dir import Journal, RunDir
+from compress.run_dir import Journal, RunDir, read_json
 from compress.steps import find_method, find_options, whole_model
 from compress.structures import Masks, Structures, find_structures, with_sizes
-from compress.training import Session, Trainee
+from compress.training import Session, Trainee, require_peft
 
+PRUNED = "pruned"  # folder of the smaller model, in a run's
 TOLD_EVERY = 10  # steps between lines of the journal
 
 
@@ -51,19 +53,20 @@ def prepare(recipe: Recipe, model: Model) -> Structures:
     """
     name = _pruner(recipe)
     if recipe.train is None:
-        raise InputError(f"{name} learns from text: give --train FILE")
+        raise InputError(f"{name} learns from text: give --train FILE, or {name}:train=FILE in a sweep")
     check_source(recipe.train)
     if recipe.target.pattern != "unstructured":
-        raise InputError(f"{name} takes out whole channels and heads: leave out --pattern {recipe.target.pattern}")
+        raise InputError(f"{name} takes out whole channels and heads: leave out pattern {recipe.target.pattern}")
     if recipe.target.allocate != "uniform":
-        raise InputError(f"{name} finds out itself what goes: leave out --allocate {recipe.target.allocate}")
+        raise InputError(f"{name} finds out itself what goes: leave out allocate {recipe.target.allocate}")
     if recipe.refine is not None:
-        raise InputError(f"{name} leaves no mask to refine: leave out --refine {recipe.refine}")
+        raise InputError(f"{name} leaves no mask to refine: leave out refine {recipe.refine}")
     options = _options(recipe)
     plan = recipe.target.layer_plan()
     group_size = plan.group_size if plan.wbits < 16 and plan.group_size > 0 else 1
     structures = find_structures(model, options.heads, options.multiple_of, group_size)
     structures.choices(recipe.target.density_gap)
+    require_peft()
     return structures
 
 
@@ -71,20 +74,26 @@ def prune_whole_model(recipe: Recipe, model: Model, run: RunDir, reporter: Repor
     """Put the smaller model in `run.path / "pruned"`, unless it is there, and return its figures.
 
     sparsity (share of the blocks' weights taken out), widths (what each block kept), sizes (of config.json), first_loss,
-    last_loss (in nats, of training batches), removed_norm (largest LoRA norm of what was taken out, before it was).
+    last_loss (in nats, of training batches), removed_norm (largest LoRA norm of what was taken out, before it was),
+    training_seconds (of all sittings, without what a kill lost).
     """
-    folder = run.path / "pruned"
-    if (folder / "config.json").is_file():
-        return json.loads((folder / "pruned.json").read_text(encoding="utf-8"))
+    folder, file = run.path / PRUNED, run.path / "training.safetensors"
     name, options = _pruner(recipe), _options(recipe)
+    if (folder / "config.json").is_file():
+        file.unlink(missing_ok=True)  # of a sitting that was killed in between
+        figures = read_json(folder / "pruned.json")
+        run.journal.write(event="replayed", method=name, seconds=figures["training_seconds"])
+        return figures
     structures = prepare(recipe, model)
     windows = run.once("training_text", lambda: {"windows": _windows(recipe, model)})["windows"]
     trainee = Trainee(model, structures, options.lora_rank, recipe.calib.seed)
-    file = run.path / "training.safetensors"
     with reporter.stage(f"{name}, step", options.steps) as stage:
         session = Session(file, _Teller(name, stage, run.journal))
         method = find_method("prune", name)
         keep, figures = method.prune_model(trainee, windows, recipe.target.density_gap, options, session)
+    if session.earlier:
+        run.journal.write(event="replayed", method=name, seconds=session.earlier)
+    figures["training_seconds"] = session.seconds
     trainee.merge()
     figures["sizes"] = structures.sizes(figures["widths"])
     _write(model, structures, keep, run, figures)
@@ -93,6 +102,13 @@ def prune_whole_model(recipe: Recipe, model: Model, run: RunDir, reporter: Repor
     note = f"{name} kept {kept}: {figures['sparsity']:.1%} of the weights are gone"
     run.journal.write(event="note", layer="every block", note=note)
     return figures
+
+
+def drop_smaller(run: Path) -> None:
+    """Remove the smaller model from a run's folder, if there is one; a kill meanwhile leaves nothing that looks whole."""
+    if (folder := run / PRUNED).is_dir():
+        remove_checkpoint(folder)
+        shutil.rmtree(folder)
 
 
 def _widths_line(structures: Structures, widths: dict[str, int]) -> str:
@@ -134,7 +150,7 @@ def _windows(recipe: Recipe, model: Model) -> Tensor:
 
 def _write(model: Model, structures: Structures, keep: Masks, run: RunDir, figures: dict[str, Any]) -> None:
     """The smaller model as an ordinary checkpoint; config.json last."""
-    folder = run.path / "pruned"
+    folder = run.path / PRUNED
     writer = ShardWriter(folder)
     for name, tensor in model.as_stored(model.outside()).items():
         writer.add(name, tensor)

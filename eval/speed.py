@@ -48,7 +48,7 @@ def measure_speed(
 
     They take turns, so that whatever else the machine does in the meantime meets all of them; each has one turn that
     does not count before. `on_step` is called after each turn: len(folders) x (repeats + 1) times.
-    Raises InputError for a folder that transformers alone does not load.
+    Raises InputError for a folder that transformers alone does not load, or whose model has no key-value cache.
     """
     models = [_load(folder, device) for folder in folders]
     turns: list[list[tuple[float, float]]] = [[] for _ in models]
@@ -72,10 +72,17 @@ def _load(folder: Path, device: str) -> PreTrainedModel:
                 folder, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
     except Exception as error:  # each quantizer and configuration raises its own
-        raise InputError(f"transformers does not load {folder} by itself ({first_line(error)})") from error
+        raise _not_loaded(folder, first_line(error)) from error
     if missing := sorted(about["missing_keys"]):
-        raise InputError(f"transformers does not load {folder} by itself (it finds no {missing[0]})")
+        raise _not_loaded(folder, f"it finds no {missing[0]}")
     return model.to(device).eval()
+
+
+def _not_loaded(folder: Path, reason: str) -> InputError:
+    return InputError(
+        f"transformers does not load {folder} by itself ({reason}), so it cannot be timed: "
+        "leave it out, or write it with --format compressed-tensors"
+    )
 
 
 @torch.no_grad()
@@ -89,6 +96,10 @@ def _turn(model: PreTrainedModel, protocol: SpeedProtocol) -> tuple[float, float
         last["logits_to_keep"] = 1  # as generation does; all logits of a long prompt would cost more than the blocks
     started = _now(model.device)
     out = model(prompt, use_cache=True, **last)
+    if getattr(out, "past_key_values", None) is None:
+        raise InputError(
+            f"{model.config.model_type} keeps no keys and values of past tokens: its speed is not measured"
+        )
     token = _greedy(out.logits)
     prefilled = _now(model.device)
     for _ in range(protocol.new_tokens):

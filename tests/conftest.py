@@ -2,7 +2,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tiny import save_tiny, tiny_text
+
+settings.register_profile("untimed", deadline=None)  # how long an example takes is no property
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

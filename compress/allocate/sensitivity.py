@@ -1,13 +1,13 @@
 """Sensitivity: try sparsities on each part of the model, and choose those that together distort its output least.
 
 Xu et al., Efficient Joint Optimization of Layer-Adaptive Weight Pruning in Deep Neural Networks, arXiv:2308.10438. For
-each group of layers and each candidate sparsity, that group alone is pruned by the recipe's own pruner and refiner (or a
-quicker `pruner`), on statistics of the dense model, and the error of the last block's output on a few sequences is its distortion: squared,
-relative to the output at each token, so that tokens with huge hidden states do not decide alone. The distortion of a
-whole plan is taken to be the sum over groups, which the paper derives from a Taylor series. Dynamic programming then
-finds the candidates of least sum that remove enough weights, counted in 1/20000 of all; what this grid leaves is spread
-evenly, so that the total is exact. The paper's groups are single layers; a transformer has many, and those of one
-attention or MLP depend on each other.
+each group of layers and each candidate sparsity, that group alone is pruned by the recipe's own pruner and refiner (or
+a quicker `pruner`), on statistics of the dense model, and the error of the last block's output on a few sequences is its
+distortion: squared, relative to the output at each token, so that tokens with huge hidden states do not decide alone.
+The distortion of a whole plan is taken to be the sum over groups, which the paper derives from a Taylor series. Dynamic
+programming then finds the candidates of least sum that remove enough weights, counted in 1/20000 of all; what this grid
+leaves is spread evenly, so that the total is exact. The paper's groups are single layers; a transformer has many, and
+those of one attention or MLP depend on each other.
 
 Costs, beside one pass of all calibration tokens: a solve of every layer for each candidate, and a forward of every trial
 through the blocks from its own on, n_blocks² / 2 x groups a block x candidates block forwards of `samples` sequences.

@@ -12,7 +12,7 @@ from compress.report import Report, table
 def bench_speed(checkpoints: list[str], baseline: str, protocol: SpeedProtocol, device: str) -> Report:
     """Time each checkpoint and the baseline in turns. Names are aliases, hub ids or folders.
 
-    Raises InputError for one that transformers alone does not load.
+    Raises InputError for one that cannot be timed (eval/speed.py).
     """
     reporter, device = Reporter(), pick_device(device)
     names = [baseline, *checkpoints]

@@ -31,15 +31,16 @@ class Options(MethodOptions):
 
 
 def needs(options: Options) -> frozenset[str]:
-    """The statistics that are read with these options."""
+    """The statistics that these options read."""
     return frozenset({"x_sq", "grad_sq" if options.norm == "l2" else "grad_abs"})
 
 
 def prune_layer(task: LayerTask, options: Options) -> LayerTask:
     """Prune one layer to its plan's sparsity or pattern."""
     stats = task.stats
-    gradient = stats.grad_abs if options.norm == "l1" else None if stats.grad_sq is None else stats.grad_sq.sqrt()
-    assert stats.x_sq is not None and gradient is not None  # needs() asks for them
+    mean = stats.grad_sq if options.norm == "l2" else stats.grad_abs
+    assert stats.x_sq is not None and mean is not None  # needs() asks for them
+    gradient = mean.sqrt() if options.norm == "l2" else mean
     x_rms = (stats.x_sq / max(stats.n_tokens, 1)).sqrt()
     score = task.weight.abs() * (x_rms + options.alpha * gradient)
     return task.pruned(task.weight, keep_largest(score, task.plan))

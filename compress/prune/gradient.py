@@ -2,8 +2,11 @@
 
 Das et al., Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models, arXiv:2311.04902, the ablation
 of its score without activations: |W| · sqrt(grad_sq), what compress.prune.gblm tends to as its alpha grows. Costs one
-forward and one backward pass of each sequence. No weight is changed, only removed.
+forward and one backward pass of each sequence. No weight is changed, only removed. A layer without any gradient, such as
+an expert no token reached, goes by magnitude.
 """
+
+import torch
 
 from compress.options import MethodOptions
 from compress.prune.masks import keep_largest
@@ -19,5 +22,6 @@ class Options(MethodOptions):
 def prune_layer(task: LayerTask, options: Options) -> LayerTask:
     """Prune one layer to its plan's sparsity or pattern."""
     assert task.stats.grad_sq is not None  # NEEDS asks for it
-    score = task.weight.abs() * task.stats.grad_sq.sqrt()
+    gradient = task.stats.grad_sq.sqrt()
+    score = task.weight.abs() * (gradient if gradient.any() else torch.ones_like(gradient))
     return task.pruned(task.weight, keep_largest(score, task.plan))

@@ -70,6 +70,13 @@ def test_gradients_taken_anew_change_the_blocks_after_the_first(tmp_path, llama_
     assert any(not torch.equal(two[n], never[n]) for n in never if ".layers.2." in n)
 
 
+def test_taken_anew_after_more_blocks_than_there_are_they_are_taken_once(tmp_path, llama_folder, text_file):
+    for refresh in (0, 3, 9):
+        run(llama_folder, tmp_path / str(refresh), text_file, refresh=refresh)
+        assert {line["gradients"] for line in lines(tmp_path / str(refresh), "gradients")} == {"0000-0002_grad_sq"}
+    assert same(weights(tmp_path / "9"), weights(tmp_path / "0"))
+
+
 class _Killed(Exception):
     pass
 

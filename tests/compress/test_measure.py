@@ -1,6 +1,7 @@
 """What rules of allocation measure, against the whole model in memory."""
 
 import contextlib
+import copy
 import json
 from dataclasses import replace
 
@@ -82,15 +83,12 @@ def test_distortions_are_those_of_the_pruned_model_as_a_whole(tmp_path, architec
     asked = trials(layers, recipe.target.layer_plan(), Options(**settings))
     assert len(found) == len(asked) == 3 * 2 * 3
 
-    def load():
-        return AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
-
     sample = TOKENS[:3, :24]
-    dense = load()
+    dense = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
     scale = norms(dense, TOKENS) if pruner == "wanda" else {}
     wanted = outputs(dense, sample)
     for trial, distortion in zip(asked, found.tolist(), strict=True):
-        model = load()
+        model = copy.deepcopy(dense)
         for name in trial.layers:
             weight = parameter(model, name)
             plan = replace(recipe.target.layer_plan(), sparsity=trial.sparsity)
@@ -192,17 +190,19 @@ def test_a_block_that_stands_out_gives_less_and_the_total_is_met(tmp_path, text_
 
 @pytest.mark.parametrize("allocate", ["owl", "sensitivity"])
 def test_a_run_that_goes_on_measures_nothing_again(tmp_path, text_file, llama_folder, allocate):
-    recipe = recipe_for(llama_folder, allocate, text_file, target={"wbits": 4, "group_size": 32}, options={})
-    straight = compress(recipe, llama_folder, tmp_path / "a", QUIET)
-    compress(recipe, llama_folder, tmp_path / "b", QUIET)
-    assert plan_of(tmp_path / "b") == plan_of(tmp_path / "a")
+    target = {"wbits": 4, "group_size": 32}
+    options = {"sensitivity": {"samples": 2, "tokens": 16}} if allocate == "sensitivity" else {}
+    recipe = recipe_for(llama_folder, allocate, text_file, target=target, quantizer="rtn", options=options)
+    straight = compress(recipe, llama_folder, tmp_path, QUIET)
+    plan, files = plan_of(tmp_path), open_weights(tmp_path)
+    weights = {name: files.read(name) for name in files.names()}
     for file in ("result.json", "plan.json"):
-        (tmp_path / "b" / "run" / file).unlink()
-    again = compress(recipe, llama_folder, tmp_path / "b", QUIET)
-    assert plan_of(tmp_path / "b") == plan_of(tmp_path / "a")
-    a, b = open_weights(tmp_path / "a"), open_weights(tmp_path / "b")
-    assert all(torch.equal(a.read(name), b.read(name)) for name in a.names())
-    lines = Journal(tmp_path / "b" / "run" / "log.jsonl").read()
+        (tmp_path / "run" / file).unlink()
+    again = compress(recipe, llama_folder, tmp_path, QUIET)
+    assert plan_of(tmp_path) == plan
+    files = open_weights(tmp_path)
+    assert all(torch.equal(files.read(name), weight) for name, weight in weights.items())
+    lines = Journal(tmp_path / "run" / "log.jsonl").read()
     assert len([line for line in lines if line["event"] == "measured"]) == 1
     assert again["sparsity"] == straight["sparsity"]
 
@@ -225,6 +225,10 @@ def test_what_cannot_be_allocated_is_refused_at_once(llama_folder):
         plan_layers(model, recipe_for(llama_folder, "owls"))
     with pytest.raises(InputError, match="owl: limit = 2"):
         plan_layers(model, recipe_for(llama_folder, "owl", options={"owl": {"limit": 2}}))
+    with pytest.raises(InputError, match="no method 'wnda' to prune with; did you mean wanda"):
+        plan_layers(model, recipe_for(llama_folder, "sensitivity", options={"sensitivity": {"pruner": "wnda"}}))
+    with pytest.raises(InputError, match="sensitivity tries pruners on parts of the model, and atp works on a whole"):
+        plan_layers(model, recipe_for(llama_folder, "sensitivity", options={"sensitivity": {"pruner": "atp"}}))
     plan_layers(model, recipe_for(llama_folder, "owl", target={"pattern": "16x16"}, refine=None))
 
 
@@ -245,3 +249,13 @@ def test_trials_may_use_a_quicker_pruner_than_the_recipe(tmp_path):
     borrowed, _ = measured(folder, tmp_path / "a", recipe_for(folder, "sensitivity", **quick))
     own, _ = measured(folder, tmp_path / "b", recipe_for(folder, "sensitivity", pruner="magnitude"))
     assert torch.equal(borrowed, own)
+
+
+def test_a_quicker_pruner_needs_no_gradients_that_the_recipes_takes_anew(tmp_path, text_file, llama_folder):
+    options = {"sensitivity": {"pruner": "wanda"}}
+    recipe = recipe_for(llama_folder, "sensitivity", text_file, pruner="gblm", options=options)
+    calib = recipe.calib.model_copy(update={"refresh_gradients": 1})
+    compress(recipe.model_copy(update={"calib": calib}), llama_folder, tmp_path / "out", QUIET)
+    lines = Journal(tmp_path / "out" / "run" / "log.jsonl").read()
+    events = [line["event"] for line in lines if line["event"] in ("measured", "gradients")]
+    assert events == ["measured", "gradients", "gradients", "gradients"]

@@ -100,6 +100,16 @@ def test_equal_weights_and_weights_that_were_zero_do_not_move_the_count(name):
             check_counts(apply("prune", PRUNERS[name], replace(task, weight=weight, original=weight)))
 
 
+@pytest.mark.parametrize("plan", [LayerPlan(), LayerPlan(compare="layer"), LayerPlan(block=(4, 8))], ids=plan_id)
+@pytest.mark.parametrize("name", PRUNERS)
+def test_a_layer_that_is_asked_for_nothing_stays_as_it_is(name, plan):
+    task = random_task(plan)
+    done = apply("prune", PRUNERS[name], task)
+    assert torch.equal(done.weight, task.weight) and done.keep.all()
+    for refiner in REFINERS.values():
+        torch.testing.assert_close(apply("refine", refiner, done).weight, task.weight)
+
+
 @pytest.mark.parametrize("plan", [plan for plan in PLANS if plan.block is None], ids=plan_id)
 @pytest.mark.parametrize("pruner", PRUNERS)
 @pytest.mark.parametrize("name", REFINERS)
@@ -161,3 +171,15 @@ def test_an_input_channel_that_is_always_zero_breaks_nothing(stage, name):
     if stage == "refine":
         task = apply("prune", PRUNERS["magnitude"], task)
     assert torch.isfinite(apply(stage, methods(stage)[name], task).weight).all()
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=plan_id)
+@pytest.mark.parametrize("name", PRUNERS)
+def test_inputs_that_are_all_zero_break_nothing(name, plan):
+    task = random_task(plan)
+    sums = {key: torch.zeros_like(getattr(task.stats, key)) for key in ("x_sum", "x_sq", "hessian", *OF_THE_LOSS)}
+    done = apply("prune", PRUNERS[name], replace(task, stats=LayerStats(task.stats.n_tokens, **sums)))
+    check_counts(done)
+    for refiner in [] if plan.block else REFINERS.values():
+        refined = apply("refine", refiner, done)
+        assert torch.isfinite(refined.weight).all() and torch.equal(refined.keep.sum(1), done.keep.sum(1))

@@ -198,7 +198,9 @@ def damaged(llama_folder, folder, name, value):
     return folder
 
 
-@pytest.mark.parametrize("method", [{"pruner": "wanda"}, {"pruner": "sparsegpt"}, {"pruner": "alps"}, {"quantizer": "gptq"}])
+@pytest.mark.parametrize(
+    "method", [{"pruner": "wanda"}, {"pruner": "sparsegpt"}, {"pruner": "alps"}, {"quantizer": "gptq"}]
+)
 def test_inputs_that_are_not_finite_stop_the_run_and_name_the_layer(tmp_path, llama_folder, text_file, method):
     folder = damaged(llama_folder, tmp_path / "m", "model.layers.1.input_layernorm.weight", float("inf"))
     target = {"sparsity": 0.5} if "pruner" in method else {"wbits": 4}

@@ -45,7 +45,10 @@ def test_flags_override_a_file_key_by_key(tmp_path):
         ({"target": {"pattern": "4x4", "compare": "layer", "sparsity": 0.5}}, "compare has nothing to do with"),
         ({"target": {"sparsity": 0.5, "compare": "block"}}, r"target\.compare = 'block': should be 'row' or 'layer'"),
         ({"target": {"wbits": 4}, "refine": "dsnot"}, "refine dsnot has nothing to do: give --sparsity or --pattern"),
-        ({"target": {"pattern": "16x16", "sparsity": 0.5}, "refine": "dsnot"}, "which pattern 16x16 does not allow"),
+        (
+            {"target": {"pattern": "16x16", "sparsity": 0.5}, "refine": "dsnot"},
+            "16x16 does not allow: leave out refine",
+        ),
         ({"target": {"group_size": 0, "wbits": 4}}, r"group_size should be -1"),
         ({"target": {"sparsty": 0.5}}, r"there is no setting target\.sparsty"),
         ({"target": {}}, "nothing to do"),
@@ -112,12 +115,14 @@ def test_differences_name_the_keys():
     ("values", "line"),
     [
         ({"pruner": "wnda"}, "there is no method 'wnda' to prune with; did you mean wanda"),
-        ({"options": {"sparsegpt": {"dampin": 1}}}, "sparsegpt: there is no setting dampin"),
-        ({"options": {"sparsegpt": {"damping": 7}}}, "sparsegpt: damping = 7: should be less than or equal to 1"),
+        ({"options": {"alps": {"dampin": 1}}}, "alps: there is no setting dampin"),
+        ({"options": {"alps": {"damping": 7}}}, "alps: damping = 7: should be less than or equal to 1"),
         ({"refine": "dnsot"}, "there is no method 'dnsot' to refine with; did you mean dsnot"),
         ({"refine": "wanda"}, "there is no method 'wanda' to refine with"),
         ({"refine": "dsnot", "options": {"dsnot": {"max_cycles": 0}}}, "dsnot: max_cycles = 0: should be greater"),
         ({"options": {"gptq": {"damping": 0.1}}}, "options for gptq, which this recipe does not use"),
+        ({"train": "some.txt"}, "train some.txt has nothing to do: no method of this recipe trains the model"),
+        ({"calib": {"refresh_gradients": 2}}, "refresh_gradients has nothing to do: no method of this recipe reads"),
     ],
 )
 def test_methods_and_their_options_are_checked(values, line):

@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,11 +11,14 @@ from xml.etree import ElementTree
 import pytest
 
 from compress.errors import InputError, RunError
+from compress.eval.speed import SpeedProtocol
 from compress.evaluate import evaluate
 from compress.pipeline import compress
+from compress.plots import draw_sweep
 from compress.progress import Reporter
 from compress.recipe import read_recipe
 from compress.run_dir import Journal, held
+from compress.runs import Bench, Protocol, run_all
 from compress.sweep import COLUMNS, Request, plan_runs, sweep
 
 QUIET = Reporter(quiet=True)
@@ -71,8 +75,11 @@ def test_table_csv_and_json_say_the_same(done, capsys):
         assert row["setting"] == run["setting"] and row["failed"] == ""
     cells = [list(column.cells) for column in report.tables[1].columns]
     assert cells[0] == ["magnitude", "wanda"]
-    shown = [cell for index in range(2) for cell in (column[index] for column in cells[1:])]
+    shown = [cell for index in range(2) for cell in (column[index] for column in cells[1:-1])]
     assert shown == [f"{run['perplexity']:.2f}" for run in report.data["runs"]]
+    assert report.tables[1].columns[-1].header == "mean seconds"
+    seconds = [run["seconds"] for run in report.data["runs"]]
+    assert cells[-1] == [f"{sum(each) / 3:.0f}" for each in (seconds[:3], seconds[3:])]
 
 
 def test_the_figures_are_those_of_a_plain_run(done, request_in, llama_folder, text_file, tmp_path):
@@ -93,6 +100,14 @@ def test_the_plot_is_an_svg_that_names_every_setting(done):
     assert (done[0] / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_plot_of_what_failed_or_is_beyond_all_use_can_be_drawn(done, tmp_path):
+    lost = [row | {"perplexity": 1e304} for row in done[1].data["runs"][:3]]
+    failed = [{key: value for key, value in row.items() if key != "perplexity"} | {"failed": "x"} for row in lost]
+    for runs in (lost, failed):
+        draw_sweep(done[1].data | {"runs": runs}, [tmp_path / "plot.svg"])
+        assert "dense" in (tmp_path / "plot.svg").read_text()
+
+
 def test_checkpoints_are_removed_and_their_figures_stay(done):
     out = done[0]
     assert {file.name for file in out.rglob("*.safetensors")} == {"tokens.safetensors"}
@@ -101,41 +116,43 @@ def test_checkpoints_are_removed_and_their_figures_stay(done):
     assert not (out / "wanda_2of4" / "config.json").exists()
 
 
-def test_tokens_are_drawn_once_for_all_runs_that_calibrate_alike(request_in, tmp_path, text_file):
-    report = sweep(request_in(tmp_path, ["wanda,sparsegpt,wanda:calib.nsamples=3"], ["0.5"]), "cpu")
-    assert len(report.data["runs"]) == 3
-    assert len(list(tmp_path.rglob("tokens.safetensors"))) == 2
-    assert {file.parent.parent for file in tmp_path.rglob("tokens.safetensors")} == {tmp_path / "shared"}
+def test_tokens_are_drawn_once_for_all_runs_that_calibrate_alike(done, request_in, tmp_path):
+    assert [file.parent.parent for file in done[0].rglob("tokens.safetensors")] == [done[0] / "shared"]
+    sweep(request_in(tmp_path, ["wanda,wanda:calib.nsamples=3"], ["0.5"]), "cpu")
+    assert [file.parent.parent for file in tmp_path.rglob("tokens.safetensors")] == [tmp_path / "shared"] * 2
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_gradients_are_taken_once_for_all_runs_and_give_what_each_alone_would_get(
-    request_in, tmp_path, llama_folder, keep
-):
-    request = request_in(tmp_path, ["gradient,gblm"], ["0.5"], keep=keep)
+def gradient_files(out):
+    return list(out.glob("shared/*/gradients/*/*.safetensors"))
+
+
+def test_gradients_are_taken_once_for_all_runs_and_give_what_each_alone_would_get(request_in, tmp_path, llama_folder):
+    request = request_in(tmp_path, ["gradient,gblm"], ["0.5"], keep=True)
     runs = sweep(request, "cpu").data["runs"]
     assert not any("failed" in row for row in runs)
     events = {log.parent.parent.name: {line["event"] for line in Journal(log).read()} for log in logs(tmp_path)}
     assert "gradients" in events["gradient_50"] and "gradients" not in events["gblm_50"]
-    assert bool(list(tmp_path.glob("shared/*/gradients/*/*.safetensors"))) == keep
+    assert len(gradient_files(tmp_path)) == 3
+    sweep(dataclasses.replace(request, keep=False), "cpu")
+    assert not gradient_files(tmp_path), "they are as large as the model"
     values = {**request.base, "model": str(llama_folder), "pruner": "gblm", "target": {"sparsity": 0.5}}
     compress(read_recipe(None, values), llama_folder, tmp_path / "plain", QUIET)
     assert evaluate(tmp_path / "plain", [request.text], 32, 2, QUIET)["perplexity"]["words"] == runs[1]["perplexity"]
 
 
-def test_a_second_sitting_measures_only_what_is_new(request_in, tmp_path):
-    first = sweep(request_in(tmp_path), "cpu")
-    again = sweep(request_in(tmp_path), "cpu")
-    assert again.data == first.data
-    more = sweep(request_in(tmp_path, ["magnitude", "wanda"], ["0.4", "0.6", "0.7"]), "cpu")
-    assert [row for row in more.data["runs"] if row["target"] != "70%"] == first.data["runs"]
-    assert set(finishes(tmp_path).values()) == {1} and len(finishes(tmp_path)) == 6
+def test_a_second_sitting_measures_only_what_is_new(done, request_in, tmp_path):
+    out, first = shutil.copytree(done[0], tmp_path / "out"), done[1].data
+    assert sweep(request_in(out, patterns=["2:4"]), "cpu").data == first
+    more = sweep(request_in(out, ["magnitude", "wanda"], ["0.4", "0.6", "0.7"]), "cpu").data
+    known = [row for row in first["runs"] if row["target"] != "2:4"]
+    assert [row for row in more["runs"] if row["target"] != "70%"] == known
+    assert set(finishes(out).values()) == {1} and len(finishes(out)) == 8
 
 
 def test_killed_in_the_middle_it_goes_on_and_ends_in_the_same_figures(request_in, tmp_path, done, llama_folder):
     request = request_in(tmp_path)
     calib = request.base["calib"]
-    flags = ["--method", "magnitude,wanda", "--sparsity", "0.4,0.6", "--pattern", "2:4", "--ppl", request.text]
+    flags = ["--method", "magnitude,wanda", "--sparsity", "0.4,0.6", "--ppl", request.text]
     flags += ["--calib", calib["source"], "--nsamples", "2", "--seqlen", "32", "--max-windows", "2"]
     command = [sys.executable, "-m", "compress", "sweep", str(llama_folder), *flags, "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -144,8 +161,9 @@ def test_killed_in_the_middle_it_goes_on_and_ends_in_the_same_figures(request_in
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    report = sweep(request_in(tmp_path, patterns=["2:4"]), "cpu")
-    assert without_clock(report.data["runs"]) == without_clock(done[1].data["runs"])
+    report = sweep(request, "cpu")
+    straight = [row for row in done[1].data["runs"] if row["target"] != "2:4"]
+    assert without_clock(report.data["runs"]) == without_clock(straight)
     assert finishes(tmp_path)["magnitude_40"] == 1
 
 
@@ -155,6 +173,13 @@ def test_kept_checkpoints_are_never_removed_afterwards(request_in, tmp_path):
     sweep(request_in(tmp_path, ["magnitude"], ["0.5"]), "cpu")
     sweep(request_in(tmp_path, ["magnitude"], ["0.5"], windows=1), "cpu")
     assert (tmp_path / "magnitude_50" / "model.safetensors").is_file()
+
+
+def test_checkpoints_asked_for_later_are_made_again(done, request_in, tmp_path):
+    out = shutil.copytree(done[0], tmp_path / "out")
+    runs = sweep(request_in(out, ["magnitude"], ["0.4"], keep=True), "cpu").data["runs"]
+    assert (out / "magnitude_40" / "model.safetensors").is_file()
+    assert without_clock(runs) == without_clock(done[1].data["runs"][:1])
 
 
 def test_another_protocol_is_measured_anew_and_the_first_is_still_known(request_in, tmp_path):
@@ -179,9 +204,14 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(request_in, tmp_path)
     assert "Traceback" in (tmp_path / "wanda,calib.nsamples=9999,calib.seqlen=128_50" / "error.txt").read_text()
 
 
-def test_speed_is_measured_beside_the_dense_model(request_in, tmp_path):
-    row = sweep(request_in(tmp_path, ["magnitude"], ["0.5"], speed=True), "cpu").data["runs"][0]
-    assert row["speed"]["prefill_speedup"] > 0 and row["speed"]["decode_ms_per_token"] > 0
+def test_speed_is_measured_beside_the_dense_model_or_the_reason_is_given(request_in, tmp_path, llama_folder):
+    settings = ["magnitude:target.sparsity=0.5", "rtn:target.wbits=4,target.group_size=32,format=native"]
+    runs, _ = plan_runs(request_in(tmp_path, settings, []))
+    text = runs[0].recipe.calib.source
+    bench = Bench(llama_folder, tmp_path, Protocol(text, 1, 32), QUIET, "cpu", False, SpeedProtocol(8, 2, 1))
+    _, fast, other = run_all(bench, runs)
+    assert fast["speed"]["prefill_speedup"] > 0 and fast["speed"]["decode_ms_per_token"] > 0
+    assert "so it cannot be timed" in other["speed"]["none"] and other["perplexity"] > 0
 
 
 @pytest.mark.parametrize(
@@ -190,6 +220,11 @@ def test_speed_is_measured_beside_the_dense_model(request_in, tmp_path):
         ({"settings": ["wnda"]}, "did you mean wanda"),
         ({"settings": ["gptq"], "wbits": ["4"]}, "names no pruner"),
         ({"settings": ["gptq"]}, "gptq has nothing to do: give --wbits"),
+        ({"settings": ["wanda@owl"], "wbits": ["4"]}, r"names no quantizer .* such as wanda\+gptq"),
+        ({"settings": ["atp"]}, "atp at 40%: atp learns from text: give --train FILE, or atp:train=FILE"),
+        ({"settings": ["atp+dsnot:train=builtin"]}, "leave out refine dsnot"),
+        ({"settings": ["atp@owl:train=builtin"]}, "leave out allocate owl"),
+        ({"settings": ["atp:train=builtin"], "patterns": ["2:4"]}, "leave out pattern 2:4"),
         ({"settings": ["wanda"], "sparsities": []}, "nothing to do"),
         ({"settings": ["wanda:wanda.nothing=1"]}, "wanda: there is no setting nothing"),
         ({"settings": ["wanda:target.sparsity=0.1"]}, "columns of the sweep set"),
@@ -198,7 +233,7 @@ def test_speed_is_measured_beside_the_dense_model(request_in, tmp_path):
         ({"patterns": ["16x16"]}, "wanda:target.pattern=16x16"),
         ({"patterns": ["5:7"]}, "7 does not divide"),
         ({"wbits": ["5"]}, "target.wbits = 5"),
-        ({"settings": ["wanda@owl"], "sparsities": [], "patterns": ["2:4"]}, "owl"),
+        ({"settings": ["wanda@owl"], "sparsities": [], "patterns": ["2:4"]}, "2:4 fixes .* leave out allocate owl"),
         ({"text": "no-such.txt"}, "no-such.txt"),
     ],
 )
@@ -227,6 +262,15 @@ def test_targets_of_bits_alone_and_of_both(request_in, tmp_path):
         ("50% W4", 0.5, 4),
         ("2:4 W4", 0.5, 4),
     ]
+
+
+def test_a_setting_may_say_itself_what_to_come_to(request_in, tmp_path):
+    settings = ["wanda:target.sparsity=0.5,calib.seqlen=64", "rtn:target.wbits=4"]
+    runs, seqlen = plan_runs(request_in(tmp_path, settings, []))
+    assert [(run.target, run.recipe.target.sparsity, run.recipe.target.wbits) for run in runs] == [
+        *(("recipe", 0.5, 16), ("recipe", 0.0, 4))
+    ]
+    assert seqlen == 32, "windows are alike for all settings"
 
 
 def test_a_recipe_file_is_what_settings_start_from(request_in, tmp_path):

@@ -31,8 +31,13 @@ def test_a_format_of_our_own_is_refused(llama_folder, tmp_path):
     target = {"wbits": 4, "group_size": 32}
     values = {"model": str(llama_folder), "quantizer": "rtn", "format": "native", "target": target}
     compress(read_recipe(None, values), llama_folder, tmp_path / "native", Reporter(quiet=True))
-    with pytest.raises(InputError, match="transformers does not load"):
+    with pytest.raises(InputError, match=r"transformers does not load .* --format compressed-tensors"):
         measure_speed([tmp_path / "native"], SHORT)
+
+
+def test_a_model_without_a_cache_of_keys_and_values_is_refused(tmp_path):
+    with pytest.raises(InputError, match="mamba keeps no keys and values"):
+        measure_speed([save_tiny(tmp_path, "mamba")], SHORT)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

@@ -35,7 +35,7 @@ def test_every_rule_removes_exactly_the_target_and_stays_in_bounds(name, sparsit
         assert (plan.wbits, plan.pattern) == (4, None)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.floats(-1, 2), min_size=8, max_size=8), st.floats(0.001, 0.999), st.floats(0.05, 0.95))
 def test_the_order_of_the_layers_is_kept_and_the_total_met(wanted, sparsity, highest):
     layers = layer_sizes()

@@ -36,7 +36,7 @@ def _local(layer, dtype):
     return {name.removeprefix(layer.name + "."): t for name, t in layer_tensors(layer, dtype).items()}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     out=st.integers(1, 70),
     groups=st.integers(1, 3),
@@ -119,7 +119,7 @@ def test_what_is_refused_says_why_and_what_to_use(make_layer, facts, complaint):
     assert complaint in refusal([make_layer("a"), make_layer("x", **facts)])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     out=st.integers(1, 70),
     groups=st.integers(1, 3),

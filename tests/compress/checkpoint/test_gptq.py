@@ -32,7 +32,7 @@ def _decode(tensors, bits, offset):
     return (scales.astype(np.float64)[g_idx] * (codes - zeros[g_idx])).T
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     outs=st.integers(1, 3),
     groups=st.integers(1, 4),
@@ -93,7 +93,7 @@ def test_what_is_refused_says_why_and_what_to_use(make_layer, facts, complaint):
     assert complaint in refusal([make_layer("a"), make_layer("x", **facts)])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     bits=st.sampled_from([2, 3, 4, 8]),
     outs=st.integers(1, 2),

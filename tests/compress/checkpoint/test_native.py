@@ -17,7 +17,7 @@ from compress.checkpoint.native import (
 from compress.errors import InputError, RunError
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     out=st.integers(1, 9),
     groups=st.integers(1, 3),

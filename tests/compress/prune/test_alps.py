@@ -82,3 +82,10 @@ def test_layers_that_share_statistics_share_the_spectrum():
     made = dict(task.stats.factors)
     alps.prune_layer(task, alps.Options())
     assert made and all(task.stats.factors[key] is each for key, each in made.items())
+
+
+def test_what_it_says_of_its_cost_grows_with_the_work():
+    def said(inputs, iterations):
+        return alps.flops(48, inputs, alps.Options(iterations=iterations))
+
+    assert 0 < said(64, 30) < said(64, 60) and said(128, 30) > 4 * said(64, 30)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from compress.prune.decisions import (
     thresholds,
 )
 from compress.recipe import read_recipe
+from compress.run_dir import Journal
 from compress.structures import CHANNELS, HEADS, find_structures
 from compress.training import Session, Trainee, next_token_loss
 
@@ -198,8 +200,7 @@ def test_the_run_decides_equal_widths_learns_and_clears_what_goes(tmp_path, arch
     assert plain.item() == pytest.approx(cut.item(), abs=1e-6), "taking out is exact only if both agree"
 
 
-@pytest.mark.parametrize("stop", [3, 8])
-def test_a_killed_training_goes_on_bit_for_bit(tmp_path, stop):
+def test_a_killed_training_goes_on_bit_for_bit(tmp_path):
     folder = save_tiny(tmp_path / "m")
 
     def train(name, at=None):
@@ -214,12 +215,46 @@ def test_a_killed_training_goes_on_bit_for_bit(tmp_path, stop):
         return keep, figures, learner.parameters()
 
     straight = train("straight")
-    with pytest.raises(KeyboardInterrupt):
-        train("killed", stop)
-    resumed = train("killed")
-    assert all(torch.equal(straight[0][name], resumed[0][name]) for name in straight[0])
-    assert all(torch.equal(straight[2][name], resumed[2][name]) for name in straight[2])
-    assert straight[1]["last_loss"] == resumed[1]["last_loss"]
+    for stop in (4, 8):  # while it searches, and after the decision
+        with pytest.raises(KeyboardInterrupt):
+            train(f"killed at {stop}", stop)
+        resumed = train(f"killed at {stop}")
+        assert all(torch.equal(straight[0][name], resumed[0][name]) for name in straight[0])
+        assert all(torch.equal(straight[2][name], resumed[2][name]) for name in straight[2])
+        assert straight[1]["last_loss"] == resumed[1]["last_loss"]
+
+
+def test_seconds_before_a_kill_count_as_far_as_the_state_was_saved(tmp_path):
+    first = session(tmp_path)
+    first.started -= 100
+    first.save({"x": torch.zeros(1)})
+    first.started -= 100  # lost
+    second = session(tmp_path)
+    assert second.seconds < 100
+    second.restore()
+    assert 100 <= second.earlier < 200 and second.seconds >= second.earlier
+
+
+def test_a_finished_training_is_not_repeated_and_its_seconds_count_once(tmp_path, text_file):
+    folder = save_tiny(tmp_path / "dense")
+    recipe, out = recipe_for(folder, text_file, {"sparsity": 0.3}, steps=2), tmp_path / "out"
+    before = compress(recipe, folder, out, QUIET)
+    (out / "run" / "result.json").unlink()
+    after = compress(recipe, folder, out, QUIET)
+    assert after["training_seconds"] == before["training_seconds"] < after["seconds"]
+    lines = Journal(out / "run" / "log.jsonl").read()
+    assert [line["seconds"] for line in lines if line["event"] == "replayed" and "method" in line] == [
+        before["training_seconds"]
+    ]
+    assert len([line for line in lines if line["event"] == "train"]) == 1
+
+
+def test_without_peft_it_is_refused_at_once(tmp_path, text_file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    folder = save_tiny(tmp_path / "dense")
+    with pytest.raises(InputError, match="training needs peft: pip install"):
+        compress(recipe_for(folder, text_file, {"sparsity": 0.3}), folder, tmp_path / "out", QUIET)
+    assert not (tmp_path / "out").exists()
 
 
 def recipe_for(folder, text, target, **options):
@@ -281,8 +316,9 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path, text_file):
     ("changes", "said"),
     [
         ({"train": None}, "atp learns from text: give --train FILE"),
-        ({"refine": "dsnot"}, "leave out --refine"),
-        ({"target": {"pattern": "2:4"}}, "leave out --pattern 2:4"),
+        ({"refine": "dsnot"}, "leave out refine dsnot"),
+        ({"target": {"pattern": "2:4"}}, "leave out pattern 2:4"),
+        ({"target": {"sparsity": 0.3, "allocate": "owl"}}, "leave out allocate owl"),
         ({"target": {"sparsity": 0.99}}, "come to a sparsity"),
         ({"options": {"atp": {"seqlen": 3000}}}, "use a longer text"),
     ],
