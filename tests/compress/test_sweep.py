@@ -100,6 +100,17 @@ def test_the_plot_is_an_svg_that_names_every_setting(done):
     assert (done[0] / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_patterns_have_a_panel_of_their_own_only_beside_lines(done, tmp_path):
+    runs, plot = done[1].data["runs"], tmp_path / "plot.svg"
+    fixed = [row for row in runs if ":" in row["pattern"]]
+    lines = [row for row in runs if ":" not in row["pattern"]]
+    for kept, titles in ((runs, (True, True)), (fixed, (True, False)), (lines, (False, True))):
+        draw_sweep(done[1].data | {"runs": kept}, [plot])
+        svg = plot.read_text()
+        assert ("n:m pattern" in svg, "sparsity of the blocks" in svg) == titles
+        assert svg.count('<g id="axes_') == sum(titles)
+
+
 def test_a_plot_of_what_failed_or_is_beyond_all_use_can_be_drawn(done, tmp_path):
     lost = [row | {"perplexity": 1e304} for row in done[1].data["runs"][:3]]
     failed = [{key: value for key, value in row.items() if key != "perplexity"} | {"failed": "x"} for row in lost]
