@@ -88,4 +88,4 @@ def test_what_it_says_of_its_cost_grows_with_the_work():
     def said(inputs, iterations):
         return alps.flops(48, inputs, alps.Options(iterations=iterations))
 
-    assert 0 < said(64, 30) < said(64, 60) and said(128, 30) > 4 * said(64, 30)
+    assert 0 < said(64, 30) < said(64, 60) and said(128, 30) > 2 * said(64, 30)
