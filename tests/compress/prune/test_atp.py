@@ -162,7 +162,6 @@ def test_the_adapters_of_masked_channels_learn_while_the_frozen_branch_is_cut(tm
 def test_the_loss_in_pieces_is_transformers_own(monkeypatch, architecture):
     monkeypatch.setattr("compress.training.LOGITS_AT_ONCE", 7 * 200)
     lm, tokens = tiny_lm(architecture), windows(3)
-    inputs = lm.get_input_embeddings()(tokens).detach()
     weight = lm.base_model.layers[0].mlp.up_proj.weight
     lm.requires_grad_(False)
     weight.requires_grad_(True)
@@ -172,7 +171,6 @@ def test_the_loss_in_pieces_is_transformers_own(monkeypatch, architecture):
     torch.testing.assert_close(
         torch.autograd.grad(ours, weight)[0], torch.autograd.grad(theirs, weight)[0], rtol=1e-3, atol=1e-6
     )
-    assert torch.isfinite(inputs).all()
 
 
 # ---- a run ----
