@@ -6,11 +6,16 @@ BIN = $(VENV)/bin
 TORCH_VERSION = 2.13.0
 CPU_INDEX = https://download.pytorch.org/whl/cpu
 
+MODEL = gemma-3-270m
+CALIB = wikitext2
+TEXT = wikitext2
+OUT = peers
+
 .DEFAULT_GOAL = help
-.PHONY: help setup demo test check format docs clean
+.PHONY: help setup demo test bench-peers check format docs clean
 
 help:  ## print the targets
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(VENV)/ready  ## make .venv with the package, its demo model and its tools
 
@@ -32,6 +37,9 @@ demo: $(VENV)/ready  ## prune Gemma 3 270M to 50 %, quantize it to 4 bits, measu
 
 test: $(VENV)/ready  ## run all tests
 	$(BIN)/pytest
+
+bench-peers: $(VENV)/ready  ## measure other libraries beside ours; MODEL, CALIB, TEXT, OUT and FLAGS can be given
+	$(BIN)/compress bench peers $(MODEL) --calib $(CALIB) --ppl $(TEXT) --out $(OUT) $(FLAGS)
 
 check: $(VENV)/ready  ## lint, types, and whether generated pages are up to date
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,10 +1,13 @@
 """The linear layers of a transformer block, whatever they are made of."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from compress.kernels.inputs import InputQuantizer
 
 PRODUCTS = (torch.nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)  # of experts
 ROUTERS = ("gate", "router", "shared_expert_gate")  # small layers that choose experts: they stay dense
@@ -38,10 +41,32 @@ class Layer:
         rows, columns = self.stored.shape
         return (columns, rows) if self.transposed else (rows, columns)
 
+    @property
+    def bias(self) -> Tensor | None:
+        """What is added to the outputs, [out]; None: nothing."""
+        return getattr(self.owner, "bias", None) if self.index is None else None
+
+    @property
+    def inputs(self) -> InputQuantizer | None:
+        """How what enters the layer is rounded; None: not at all."""
+        return getattr(self.owner, "input_quantizer", None)
+
+    def quantize_inputs(self, quantizer: InputQuantizer | None) -> None:
+        """Round what enters the layer to the values of its codes, from now on; None: no longer. Not for slices."""
+        if quantizer is not None and not hasattr(self.owner, "input_quantizer"):
+            self.owner.register_forward_pre_hook(_rounded_input)
+        if quantizer is not None or self.inputs is not None:
+            self.owner.input_quantizer = quantizer  # type: ignore[assignment]
+
     def install(self, weight: Tensor) -> None:
         """Overwrite the weight with [out, in] of any float dtype."""
         with torch.no_grad():
             self.weight.copy_(weight)
+
+
+def _rounded_input(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    quantizer = module.input_quantizer
+    return args if quantizer is None else (quantizer.fake(args[0]), *args[1:])
 
 
 def linear_layers(prefix: str, block: nn.Module) -> list[Layer]:

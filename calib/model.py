@@ -28,6 +28,7 @@ from compress.calib.layers import Layer, linear_layers
 from compress.calib.skeleton import first_line, load_config, quiet, skeleton
 from compress.calib.weight_files import WeightFiles
 from compress.errors import InputError
+from compress.kernels.inputs import InputQuantizer
 
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
@@ -120,6 +121,7 @@ class Model:
         self.n_blocks = len(self.modules)
         self._meta = {n: t.to("meta") for n, t in self.lm.state_dict().items()}
         self.unused: list[str] = []  # tensors of the files that the model has no place for
+        self.input_quantizers: dict[str, InputQuantizer] = {}  # of the files' layers, by the name of the weight
         self._keys = self._sort_keys()
         self.calls: dict[int, list[Call]] = {}  # by sequence length: how each block is called
         self.seen: list[Seen] = []
@@ -148,6 +150,8 @@ class Model:
                 self.unused.append(key)  # such as a block for predicting several tokens at once
             if int(number) < self.n_blocks:
                 keys[int(number)].append(key)
+            if (quantizer := self.files.input_quantizer(key)) is not None:
+                self.input_quantizers[name] = quantizer
         if empty := [index for index in range(self.n_blocks) if not keys[index]]:
             wanted = f"config.json says {self.n_blocks} blocks"
             raise InputError(f"{self.folder} holds nothing of block {empty[0]}, but {wanted}: download it again")
@@ -215,7 +219,10 @@ class Model:
         """One block with its weights in memory."""
         self._load(index)
         self._require_loaded(self.modules[index].named_parameters(prefix=f"{self.path}.{index}"))
-        return Block(self, index)
+        block = Block(self, index)
+        for layer in block.layers:
+            layer.quantize_inputs(self.input_quantizers.get(layer.param))
+        return block
 
     def _free(self, index: int) -> None:
         for module in self.modules[index].modules():

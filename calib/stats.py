@@ -1,6 +1,6 @@
 """What calibration saw of one layer's input."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,11 @@ class LayerStats:
     n_tokens: int
     x_sum: Tensor | None = None  # [in]      float32, sum of each input channel
     x_sq: Tensor | None = None  # [in]      float32, sum of squares of each input channel
+    x_min: Tensor | None = None  # [in]      float32, least value of each input channel
+    x_max: Tensor | None = None  # [in]      float32, greatest value of each input channel
     hessian: Tensor | None = None  # [in, in] float32, sum of x xᵀ
+    drift: Tensor | None = None  # [in, in] float32, sum of (y - x) xᵀ, where y is what x is in the dense model
+    drift_sum: Tensor | None = None  # [in]  float32, sum of y - x
     sample: Tensor | None = None  # [k, in]  float32, a few inputs, to measure output errors with
     grad_sq: Tensor | None = None  # [out, in] float32, of the weight; calib/gradients.py says what mean it is
     grad_abs: Tensor | None = None  # [out, in] float32, likewise
@@ -29,7 +33,7 @@ class LayerStats:
     @property
     def finite(self) -> bool:
         """Whether every input was a finite number; NaN and infinity reach the sums and the Hessian's diagonal."""
-        sums = (self.x_sq, None if self.hessian is None else self.hessian.diagonal())
+        sums = (self.x_sq, self.x_min, self.x_max, None if self.hessian is None else self.hessian.diagonal())
         return all(bool(torch.isfinite(each).all()) for each in sums if each is not None)
 
     def output_energy(self, weight: Tensor) -> float:
@@ -41,6 +45,57 @@ class LayerStats:
             return ((weight @ self.hessian) * weight).sum(dtype=torch.float64).item()
         outputs = weight if self.sample is None else weight @ self.sample.T
         return outputs.square().sum(dtype=torch.float64).item()
+
+    def shifted(self, shift: Tensor) -> "LayerStats":
+        """What calibration would have seen of x - shift; `shift`: float32 [in]. Gradients stay as they are.
+
+        Squares can only be shifted where `x_sum` is known; of channels that vary little around a large mean they keep few
+        digits.
+        """
+        n, total, x_sq, hessian = self.n_tokens, self.x_sum, self.x_sq, self.hessian
+        if total is not None:
+            half = total - shift * (n / 2)  # sum of (x - z)(x - z)ᵀ = sum of x xᵀ - z halfᵀ - half zᵀ
+            cross = torch.outer(shift, half)
+            x_sq = None if x_sq is None else (x_sq - 2 * cross.diagonal()).clamp(min=0)
+            hessian = None if hessian is None else hessian - (cross + cross.T)
+        assert total is not None or (x_sq is None and hessian is None)  # the NEEDS of who shifts ask for it
+        return replace(
+            self,
+            x_sum=None if total is None else total - n * shift,
+            x_sq=x_sq,
+            x_min=None if self.x_min is None else self.x_min - shift,
+            x_max=None if self.x_max is None else self.x_max - shift,
+            hessian=hessian,
+            drift=None
+            if self.drift is None or self.drift_sum is None
+            else self.drift - torch.outer(self.drift_sum, shift),
+            sample=None if self.sample is None else self.sample - shift,
+            factors={},
+        )
+
+    def divided(self, scale: Tensor) -> "LayerStats":
+        """What calibration would have seen of x / scale; `scale`: float32 [in], positive.
+
+        Gradients are those of a weight with its columns multiplied by `scale`, so that its outputs stay.
+        """
+
+        def by(tensor: Tensor | None, divisor: Tensor) -> Tensor | None:
+            return None if tensor is None else tensor / divisor
+
+        return replace(
+            self,
+            x_sum=by(self.x_sum, scale),
+            x_sq=by(self.x_sq, scale.square()),
+            x_min=by(self.x_min, scale),
+            x_max=by(self.x_max, scale),
+            hessian=by(self.hessian, torch.outer(scale, scale)),
+            drift=by(self.drift, torch.outer(scale, scale)),
+            drift_sum=by(self.drift_sum, scale),
+            sample=by(self.sample, scale),
+            grad_sq=by(self.grad_sq, scale.square()),
+            grad_abs=by(self.grad_abs, scale),
+            factors={},
+        )
 
     @property
     def measured_on(self) -> str:
@@ -65,6 +120,39 @@ def unit_hessian(stats: LayerStats, damping: float) -> tuple[Tensor, Tensor]:
     return stats.factors[key]
 
 
+def make_up(stats: LayerStats, weight: Tensor, share: float, damping: float = 0.01) -> Tensor:
+    """The weight to aim at, so that a layer makes up for a `share` of how far its inputs have moved; [out, in] float32.
+
+    With y the inputs in the dense model and x those in the model as compressed so far, the weight that comes nearest to
+    W y is W + W (sum of (y - x) xᵀ) H⁻¹ (GPTAQ, Li et al., arXiv:2504.02692, eq. 8). All of it overshoots: what later
+    layers are to make up for is then partly made up for already. `damping` as for `inverse_factor`. A weight whose
+    inputs have no `drift` stays as it is.
+    """
+    if not share or stats.drift is None:
+        return weight
+    factor, _ = inverse_factor(stats, damping)
+    return weight + share * (weight @ stats.drift @ factor.T) @ factor
+
+
+def damped_hessian(stats: LayerStats, damping: float) -> Tensor:
+    """The Hessian with `damping` times its mean diagonal added to its diagonal, and more for inputs that were always zero.
+
+    [in, in], with a positive diagonal. Layers that share statistics share it.
+    """
+    assert stats.hessian is not None  # the method's NEEDS asks for it
+    key = ("damped", damping)
+    if key not in stats.factors:
+        damped = stats.hessian.clone()
+        _damp(damped.diagonal(), stats.hessian.diagonal(), damping)
+        stats.factors[key] = damped
+    return stats.factors[key]
+
+
+def _damp(diagonal: Tensor, before: Tensor, damping: float) -> None:
+    mean = before.mean().item()
+    diagonal.add_(damping * mean).masked_fill_(before == 0, max(mean, 1e-30))
+
+
 def inverse_factor(stats: LayerStats, damping: float, order: Tensor | None = None) -> tuple[Tensor, float]:
     """Upper Cholesky factor U of the inverse of the damped Hessian (H⁻¹ = Uᵀ U), and the damping it took.
 
@@ -85,14 +173,13 @@ def _factorize(hessian: Tensor, damping: float, order: Tensor | None) -> tuple[T
     diagonal = hessian.diagonal()
     if not torch.isfinite(diagonal).all():
         raise RunError("the calibration inputs of a layer hold NaN or infinity: check the model's weights and the data")
-    mean = diagonal.mean().item()
     order = torch.arange(len(hessian), device=hessian.device) if order is None else order
     backwards = order.flip(0)
     while damping <= 1.0:
         # H = R Rᵀ with R upper comes from a Cholesky factor of H taken backwards; then H⁻¹ = R⁻ᵀ R⁻¹ and U = R⁻¹. Half
         # the work of inverting H and factorizing again, and nothing but H has to be positive definite.
         damped = hessian[backwards][:, backwards]
-        damped.diagonal().add_(damping * mean).masked_fill_(diagonal[backwards] == 0, max(mean, 1e-30))
+        _damp(damped.diagonal(), diagonal[backwards], damping)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             inverse = damped.zero_().fill_diagonal_(1.0)

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress.errors import InputError, RunError
+from compress.kernels.inputs import InputQuantizer
 
 DTYPES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4}
 DTYPES |= {"F64": 8, "I64": 8, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}  # bytes an element
@@ -50,6 +51,10 @@ class WeightFiles:
     def read(self, name: str) -> Tensor:
         """One (dense) tensor, in memory of its own."""
         return self.stored(name)
+
+    def input_quantizer(self, name: str) -> InputQuantizer | None:
+        """How the layer whose weight is the (dense) tensor `name` rounds what enters it; None: not at all."""
+        return None
 
     def stored(self, name: str) -> Tensor:
         """One tensor as it lies in the file. Read, not mapped: mapped pages would count as memory in use."""

@@ -30,6 +30,8 @@ Prune, quantize and save a causal language model, one transformer block in memor
 
   compress run llama-7b --pattern 2:4 --pruner sparsegpt --out llama-24
 
+  compress run gemma-3-270m --budget 150MiB --head-bits 4 --calib my-text.txt
+
   compress run ./my-model --wbits 3 --quantizer gptq --calib my-text.jsonl --set gptq.damping=0.05
 
 The same command again goes on where it was stopped. Nothing finished is lost.
@@ -64,9 +66,20 @@ def run(
     pruner: Annotated[str | None, typer.Option(help="A method of `compress methods`.", show_default="alps")] = None,
     refine: Annotated[str | None, typer.Option(help="What improves the pruner's mask, such as dsnot.")] = None,
     train: Annotated[str | None, typer.Option(help="Text that methods which train learn from, such as atp.")] = None,
-    wbits: Annotated[int | None, typer.Option(help="Bits a weight: 2, 3, 4 or 8.")] = None,
+    wbits: Annotated[int | None, typer.Option(help="Bits a weight: 2, 3, 4, 5, 6 or 8.")] = None,
+    abits: Annotated[
+        int | None, typer.Option(help="Bits of what enters quantized layers: 4, 6 or 8.", show_default="16: as it comes")
+    ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(help="What makes codes of it.", show_default="smoothquant"),
+    ] = None,
     group_size: Annotated[
-        int | None, typer.Option(help="Inputs that share a scale; -1: one an output channel.", show_default="128")
+        int | None,
+        typer.Option(
+            help="Inputs that share a scale; -1: one an output channel.",
+            show_default="128; -1 where --abits goes with 6 or 8 bits",
+        ),
     ] = None,
     symmetric: Annotated[
         bool | None,
@@ -82,6 +95,19 @@ def run(
     ] = None,
     allocate: Annotated[
         str | None, typer.Option(help="How sparsity and bits are spread over layers.", show_default="uniform")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="What the checkpoint may take: 0.25x of the dense one's bytes, 150MiB, or 3.2bits a weight of the "
+            "blocks' layers. Bits, groups and sparsity of each layer are chosen to lose least."
+        ),
+    ] = None,
+    drift: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the drift of earlier layers that each makes up for, 0 to 1.", show_default="0.25"
+        ),
     ] = None,
     sequential: Annotated[
         bool | None,
@@ -128,10 +154,10 @@ def run(
     from compress.settings import method_options
 
     flags = {
-        "model": model, "pruner": pruner, "refine": refine, "train": train, "quantizer": quantizer, "sequential": sequential, "format": format,
-        "dtype": dtype, "revision": revision,
-        "target": {"sparsity": sparsity, "pattern": pattern, "compare": compare, "wbits": wbits, "group_size": group_size,
-                   "symmetric": symmetric, "head_bits": head_bits, "allocate": allocate},
+        "model": model, "pruner": pruner, "refine": refine, "train": train, "quantizer": quantizer, "drift": drift, "sequential": sequential, "format": format,
+        "dtype": dtype, "revision": revision, "activations": activations,
+        "target": {"sparsity": sparsity, "pattern": pattern, "compare": compare, "wbits": wbits, "abits": abits, "group_size": group_size,
+                   "symmetric": symmetric, "head_bits": head_bits, "allocate": allocate, "budget": budget},
         "calib": {"source": calib, "nsamples": nsamples, "seqlen": seqlen, "seed": seed,
                   "refresh_gradients": refresh_gradients},
         "options": method_options(settings or []),

@@ -32,6 +32,9 @@ def sweep(
     ] = None,
     pattern: Annotated[list[str] | None, typer.Option(help="n:m with n kept of every m; likewise.")] = None,
     wbits: Annotated[list[str] | None, typer.Option(help="Bits a weight, for quantizers; likewise.")] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option(help="What checkpoints may take, such as 3bits; columns of their own.")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML recipe that all runs start from.")] = None,
     calib: Annotated[str | None, typer.Option(help="Calibration text.", show_default="c4")] = None,
     nsamples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="128")] = None,
@@ -79,7 +82,19 @@ def sweep(
 
     base = given({"calib": {"source": calib, "nsamples": nsamples, "seqlen": seqlen}})
     request = Request(
-        model, method, sparsity or [], pattern or [], wbits or [], base, recipe, ppl, max_windows, out, keep, speed
+        model,
+        method,
+        sparsity or [],
+        pattern or [],
+        wbits or [],
+        base,
+        recipe,
+        ppl,
+        max_windows,
+        out,
+        keep,
+        speed,
+        tuple(budget or ()),
     )
     _finish(measure(request, device), as_json)
 
@@ -108,6 +123,43 @@ def quality(
     from compress.bench.quality import bench_quality
 
     _finish(bench_quality(model, out, (calib, nsamples, seqlen), (ppl, max_windows), only or [], device), as_json)
+
+
+@bench.command()
+def peers(
+    model: ModelName,
+    ppl: EvalText,
+    out: RunsFolder,
+    calib: Annotated[str, typer.Option(help="Calibration text.")] = "c4",
+    nsamples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 32,
+    seqlen: Annotated[int, typer.Option(min=8, help="Tokens a sequence and a window.")] = 512,
+    max_windows: Windows = 32,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Peers and columns, readers, vllm; may be repeated.", show_default="all but vllm"),
+    ] = None,
+    envs: Annotated[
+        Path | None, typer.Option(help="Folder of the peers' environments, about 1.5 GB each.", show_default="OUT/envs")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure once more what was measured before.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure other libraries beside ours, on the same model, calibration windows and text: one table.
+
+    Each gets a virtual environment of its own, with exact pins, and a process
+    of its own for each row. The same command again measures only what is
+    missing; a library that fails is in the table with its line below.
+    Checkpoints of ours are read by the others as well, and theirs by us.
+
+    [bold]Example[/bold]
+
+      compress bench peers gemma-3-270m --calib valid.txt --ppl test.txt --out peers
+        --only compress --only llm-compressor --only "W4 g128"
+    """
+    from compress.bench.peers.driver import PeersRequest, bench_peers
+
+    request = PeersRequest(model, (calib, nsamples, seqlen), (ppl, max_windows), out, envs, only or [], again)
+    _finish(bench_peers(request), as_json)
 
 
 @bench.command()

@@ -12,12 +12,13 @@ from compress.doctor import doctor
 from compress.errors import InputError
 from compress.estimate import estimate
 from compress.evaluate import evaluate
-from compress.inspection import inspect, notes
+from compress.inspection import inspect, loss_line, notes
 from compress.pipeline import compress, open_model
 from compress.progress import Reporter, Stage
 from compress.recipe import Recipe
 from compress.report import Report, duration, size, table
 from compress.run_dir import Finished, Journal
+from compress.settings import typed
 from compress.sources import resolve_model
 from compress.steps import STAGES, methods
 from compress.whole_model import estimate_whole_model, prunes_whole_model
@@ -64,7 +65,8 @@ def run_command(recipe: Recipe, out: Path, text: str | None, windows: int, dry_r
         result = _with_perplexity(result, folder, out, (text, recipe.calib.seqlen, windows), reporter, device)
     said = notes(Journal(out / "run" / "log.jsonl").read())
     closing = f"\nCheckpoint in {out}. Look into it with: compress inspect {out}"
-    return Report(result, [_run_table(result), *said, closing])
+    losses = [loss_line(result)] if "measured_loss" in result else []
+    return Report(result, [_run_table(result), *losses, *said, closing])
 
 
 def check_out(out: Path, folder: Path) -> None:
@@ -150,7 +152,9 @@ def methods_command() -> Report:
             data.append(
                 {"stage": stage, "name": name, "about": about, "needs": sorted(module.NEEDS), "options": options}
             )
-            rows.append([name, about.partition(": ")[2], ", ".join(f"{k}={o['default']}" for k, o in options.items())])
+            rows.append(
+                [name, about.partition(": ")[2], ", ".join(f"{k}={typed(o['default'])}" for k, o in options.items())]
+            )
         tables.append(table(stage, ["method", "what it is", "options"], rows))
         tables.append("")
     return Report(data, tables)

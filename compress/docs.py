@@ -7,10 +7,17 @@ to date, and exits 1 if not.
 import sys
 from pathlib import Path
 
+from compress.settings import typed
 from compress.steps import STAGES, methods
 
 BEGIN, END = "<!-- methods: written by `make docs` -->", "<!-- end of methods -->"
-TITLES = {"allocate": "Where it goes", "prune": "Prune", "refine": "Refine the mask", "quantize": "Quantize"}
+TITLES = {
+    "allocate": "Where it goes",
+    "activations": "Quantize inputs",
+    "prune": "Prune",
+    "refine": "Refine the mask",
+    "quantize": "Quantize",
+}
 
 
 def methods_page() -> str:
@@ -23,7 +30,7 @@ def methods_page() -> str:
             if module.NEEDS:
                 parts += [f"Statistics it reads: {', '.join(f'`{need}`' for need in sorted(module.NEEDS))}.", ""]
             for key, field in module.Options.model_fields.items():
-                parts.append(f"- `--set {name}.{key}={field.default}`: {field.description}")
+                parts.append(f"- `--set {name}.{key}={typed(field.default)}`: {field.description}")
             parts += [""] * bool(module.Options.model_fields)
     return "\n".join(parts).rstrip() + "\n"
 

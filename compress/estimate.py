@@ -4,6 +4,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ import torch
 from compress.calib.gradients import FIELDS, LOGITS_AT_ONCE
 from compress.calib.model import Model
 from compress.calib.observe import shared_inputs, stages
-from compress.checkpoint.formats import choose_format
 from compress.measure import measures
 from compress.pipeline import open_model, rehearse_allocation
-from compress.plan import PlannedLayer, dense_bytes, n_parameters, plan_head, plan_layers
+from compress.plan import PlannedLayer, packed_layers, plan_format, plan_layers
 from compress.progress import Reporter
 from compress.recipe import Recipe
 from compress.report import Report, duration, size, table
-from compress.steps import find_steps
+from compress.sizes import checkpoint_bytes, dense_bytes, n_parameters
+from compress.steps import Step, find_steps
 from compress.task import LayerPlan
 
 TOKENIZER = 10  # resident bytes for each byte of tokenizer.json
@@ -38,21 +39,17 @@ def estimate(recipe: Recipe, folder: Path, out: Path, device: str, reporter: Rep
     """
     steps = find_steps(recipe)
     model = open_model(folder, recipe.dtype, device)
-    layers, head = plan_layers(model, recipe), plan_head(model, recipe)
-    planned = [*head, *(layer.stored for layer in layers if layer.stored)]
-    format_name, reason = choose_format(recipe.format, planned)
+    started, layers = time.monotonic(), plan_layers(model, recipe)
+    layers, prediction = rehearse_allocation(model, recipe, layers, reporter)
+    allocating = time.monotonic() - started
+    format_name, reason = plan_format(model, recipe, layers)
+    compressed = checkpoint_bytes(model, format_name, packed_layers(model, recipe, layers))
     needs = frozenset[str]().union(*(step.needs for step in steps))
-    width = _itemsize(model)
-    packed = {layer.param for layer in planned}
-    kept = {name: p for name, p in model.lm.named_parameters() if name not in packed}
-    compressed = sum(p.numel() * width for p in kept.values()) + sum(layer.packed.nbytes for layer in planned)
     solvers = sum("hessian" in step.needs for step in steps)
     seconds = _seconds(model, layers, recipe, needs, solvers)
-    seconds["solve"] += sum(step.flops(*layer.shape) for step in steps for layer in layers) / _flops(torch.float32)
+    seconds["solve"] += _solver_flops(steps, layers) / _flops(torch.float32)
     if measures(recipe):
-        started = time.monotonic()
-        layers = rehearse_allocation(model, recipe, layers, reporter)
-        seconds["allocate"] = time.monotonic() - started
+        seconds["allocate"] = allocating
     memory, disk = _memory(model, layers, recipe, needs), 2 * compressed
     if gradients := needs & FIELDS:
         disk += _gradient_bytes(model, layers, recipe, len(gradients))
@@ -69,12 +66,15 @@ def estimate(recipe: Recipe, folder: Path, out: Path, device: str, reporter: Rep
         "disk_bytes": disk,
         "free_disk_bytes": free,
         "layers": len(layers),
-        "layer_sparsity": {layer.name: layer.plan.sparsity for layer in layers},
+        "predicted_loss": None if prediction is None else prediction.loss,
+        "plan": {layer.name: asdict(layer.plan) for layer in layers},
     }
+    loss = [] if prediction is None else [["loss, predicted", f"{prediction.loss:.4g}"]]
     rows = [
         ["steps", " then ".join(data["steps"]) or "head only"],
         ["format", f"{format_name} ({reason})"],
         ["size", f"{size(data['dense_bytes'])} to {size(compressed)}, {data['bits_per_weight']:.2f} bits a weight"],
+        *loss,
         ["memory, about", size(memory)],
         ["time, about", duration(data["seconds"]) + " (measured speed of this machine, loading of data not counted)"],
         ["disk while it runs", f"{size(data['disk_bytes'])}; {size(free)} are free"],
@@ -90,6 +90,7 @@ def _plan_table(layers: list[PlannedLayer]) -> Any:
         group = "channel" if plan.group_size == -1 else str(plan.group_size)
         kind = "symmetric" if plan.symmetric else "asymmetric"
         bits = "16" if plan.wbits == 16 else f"{plan.wbits} {kind}, groups of {group}"
+        bits += f", inputs {plan.abits}" if plan.abits < 16 and plan.wbits < 16 else ""
         name = re.sub(r"\.\d+$", "", _within_block(layer))  # an expert's number
         key = (name, f"{layer.shape[0]} x {layer.shape[1]}", _pattern(plan), bits)
         kinds.setdefault(key, []).append(plan.sparsity)
@@ -98,6 +99,11 @@ def _plan_table(layers: list[PlannedLayer]) -> Any:
         for (name, shape, pattern, bits), shares in kinds.items()
     ]
     return table("plan", ["layer", "how many", "out x in", "pruning", "bits"], rows)
+
+
+def _solver_flops(steps: list[Step], layers: list[PlannedLayer]) -> float:
+    """What steps say of their own cost, for the layers that they change."""
+    return sum(step.flops(*layer.shape) for step in steps for layer in layers if step.applies(layer.plan))
 
 
 def _pattern(plan: LayerPlan) -> str:
@@ -117,20 +123,46 @@ def _range(shares: list[float]) -> str:
 
 
 def _picture(layers: list[PlannedLayer]) -> list[Any]:
-    """A bar a block, as long as the share of its weights that goes; nothing if all layers give the same."""
-    if len({layer.plan.sparsity for layer in layers}) == 1:
+    """A bar a block, of the bits that its weights take or of the share that goes; nothing if all layers are alike."""
+    if len({layer.plan for layer in layers}) == 1:
         return []
+    bits = len({_label(layer.plan) for layer in layers}) > 1
     rows = []
     for block in dict.fromkeys(layer.block for layer in layers):
         inside = [layer for layer in layers if layer.block == block]
-        share = sum(x.n_weights * x.plan.sparsity for x in inside) / sum(x.n_weights for x in inside)
-        modules: dict[str, list[float]] = {}
+        weights = sum(layer.n_weights for layer in inside)
+        modules: dict[str, list[LayerPlan]] = {}
         for layer in inside:
-            modules.setdefault(_within_block(layer).partition(".")[0], []).append(layer.plan.sparsity)
-        parts = ", ".join(f"{name} {_range(shares)}" for name, shares in modules.items())
-        uneven = len({layer.plan.sparsity for layer in inside}) > 1
-        rows.append([str(block), bar(share), f"{100 * share:.1f} %", parts if uneven else ""])
-    return ["", table("sparsity of each block", ["block", "", "", ""], rows)]
+            modules.setdefault(_within_block(layer).partition(".")[0], []).append(layer.plan)
+        told = (
+            f"{name} {_labels(plans) if bits else _range([p.sparsity for p in plans])}"
+            for name, plans in modules.items()
+        )
+        if bits:
+            mean = sum(_bits(layer) * layer.n_weights for layer in inside) / weights
+            figures = [bar(mean / 16), f"{mean:.2f}"]
+        else:
+            share = sum(layer.n_weights * layer.plan.sparsity for layer in inside) / weights
+            figures = [bar(share), f"{100 * share:.1f} %"]
+        uneven = len({layer.plan for layer in inside}) > 1
+        rows.append([str(block), *figures, ", ".join(told) if uneven or bits else ""])
+    return ["", table(f"{'bits a weight' if bits else 'sparsity'} of each block", ["block", "", "", ""], rows)]
+
+
+def _label(plan: LayerPlan) -> str:
+    """A plan as a budget's choices are written, without a sparsity that belongs to no pattern."""
+    group = "" if plan.wbits == 16 else f"g{plan.group_size}"
+    return f"{plan.wbits}{group}" + (f"+{plan.pattern[0]}:{plan.pattern[1]}" if plan.pattern else "")
+
+
+def _labels(plans: list[LayerPlan]) -> str:
+    return "/".join(dict.fromkeys(map(_label, plans)))
+
+
+def _bits(layer: PlannedLayer) -> float:
+    """Bits a weight of a layer takes, scales and zero points counted."""
+    stored = layer.stored
+    return 8.0 * layer.place.stored.element_size() if stored is None else stored.packed.nbytes * 8 / layer.n_weights
 
 
 def bar(share: float) -> str:

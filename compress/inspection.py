@@ -25,7 +25,10 @@ def inspect(path: Path) -> Report:
         journal = Journal(run / "log.jsonl").read()
         data |= {"layers": _layers(journal), "seconds": split(journal), "result": Finished(run).read()}
         data["notes"] = notes(journal)
+        data["losses"] = {k: v for line in journal if line["event"] == "loss" for k, v in line.items() if "_loss" in k}
         tables += [_layer_table(data["layers"]), _time_table(data["seconds"])]
+        if data["losses"]:
+            tables.append(loss_line(data["losses"]))
         tables += data["notes"]
         if data["result"] is None:
             done = {line["block"] for line in journal if line["event"] == "block"}
@@ -42,8 +45,13 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 def _layers(journal: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The last word of the journal on each layer."""
     last = {line["layer"]: line for line in journal if line["event"] == "layer"}
+    inputs = {line["layer"]: f"{line['abits']} bits, {line['codes']}" for line in journal if line["event"] == "input"}
+    shares = {line["layer"]: line["share"] for line in journal if line["event"] == "saturation"}
     keys = ("layer", "method", "error", "error_on", "density", "bits")
-    return [{key: line[key] for key in keys} for line in last.values()]
+    return [
+        {key: line[key] for key in keys} | {"inputs": inputs.get(name), "saturated": shares.get(name)}
+        for name, line in last.items()
+    ]
 
 
 def split(journal: list[dict[str, Any]]) -> dict[str, float]:
@@ -56,7 +64,7 @@ def split(journal: list[dict[str, Any]]) -> dict[str, float]:
         elif line["event"] == "layer":
             name = f"  solve: {line['method']}"
             seconds[name] = seconds.get(name, 0.0) + line["seconds"]
-        elif line["event"] in ("opened", "measured", "gradients", "train", "checkpoint"):
+        elif line["event"] in ("opened", "measured", "gradients", "train", "checkpoint", "loss"):
             seconds[line["event"]] = seconds.get(line["event"], 0.0) + line["seconds"]
     return {name: round(value, 2) for name, value in seconds.items()}
 
@@ -72,12 +80,23 @@ def notes(journal: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def loss_line(figures: dict[str, Any]) -> str:
+    """What a plan made of trials was said to lose, and what it lost."""
+    return f"loss: predicted {figures['predicted_loss']:.4g}, measured {figures['measured_loss']:.4g}"
+
+
 def _layer_table(layers: list[dict[str, Any]]) -> Any:
     rows = [
         [line["layer"], f"{line['bits']:.2f}", f"{100 * (1 - line['density']):.1f} %", f"{line['error']:.4f}"]
         for line in layers
     ]
-    return table("", ["layer", "bits", "sparsity", "output error"], rows)
+    titles = ["layer", "bits", "sparsity", "output error"]
+    if any(line["inputs"] for line in layers):
+        titles += ["inputs", "saturated"]
+        for row, line in zip(rows, layers, strict=True):
+            saturated = "" if line["saturated"] is None else f"{line['saturated']:.2g}"
+            row += [line["inputs"] or "", saturated]
+    return table("", titles, rows)
 
 
 def _time_table(seconds: dict[str, float]) -> Any:

@@ -1,8 +1,9 @@
 """What a rule of allocation asks of the dense model, measured with one block in memory at a time.
 
-A rule with `measure_block` gets the weights and input statistics of each block. A rule with `trials` gets the
-distortion of each trial: at its block a trial starts as the dense hidden states sent through the pruned block, and from
-there on its hidden states go through every dense block, beside those of the dense model itself.
+A rule with `measure_block` gets the weights and input statistics of each block. A rule with `trials` gets the loss of
+each trial: at its block a trial starts as the dense hidden states sent through the changed block, and from there on its
+hidden states go through every dense block, beside those of the dense model itself. The loss of the finished model is
+measured in the same way, on the same text.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compress.allocate.spread import Trial
+from compress.allocate.spread import Trial, TrialOptions
 from compress.calib.gradients import FIELDS
 from compress.calib.hidden import HiddenStates
 from compress.calib.layers import Layer
@@ -21,6 +22,7 @@ from compress.calib.observe import observe, shared_inputs
 from compress.calib.stats import LayerStats
 from compress.errors import RunError
 from compress.gradients import Gradients
+from compress.losses import losses
 from compress.plan import PlannedLayer, find_rule
 from compress.progress import Reporter
 from compress.recipe import Recipe
@@ -45,23 +47,44 @@ def measures(recipe: Recipe) -> bool:
     return hasattr(rule, "measure_block") or hasattr(rule, "trials")
 
 
-def measure(dense: DenseModel, recipe: Recipe, tokens: Tensor) -> Tensor:
-    """What the recipe's rule asks for, float64: [n_layers] of a `measure_block`, [n_trials] of `trials`.
+def measure(dense: DenseModel, recipe: Recipe, tokens: Tensor) -> dict[str, Tensor]:
+    """What the recipe's rule asks for: "measured", float64, [n_layers] of a `measure_block`, [n_trials] of `trials`.
 
-    `tokens`: [nsamples, seqlen] int64. The model's weights are as before in the end. Raises RunError if the model
-    yields NaN or infinity.
+    With trials also "outputs", [samples, tokens, hidden_size], what leaves the dense model's last block. `tokens`:
+    [nsamples, seqlen] int64. The model's weights are as before in the end. Raises RunError if the model yields NaN or
+    infinity.
     """
     rule, options = find_rule(recipe)
     if hasattr(rule, "trials"):
         planned = rule.trials(dense.layers, recipe.target.layer_plan(), options)
-        steps = find_trial_steps(recipe, options.pruner)
-        return _distortions(dense, tokens, steps, planned, tokens[: options.samples, : options.tokens])
+        return _tried(dense, tokens, find_trial_steps(recipe, rule.stand_ins(options)), planned, options)
     never_called = torch.zeros((), dtype=torch.float64)
     figures = {layer.name: never_called for layer in dense.layers}
     for _, layers, stats in _observed_blocks(dense, tokens, rule.NEEDS):
         found = rule.measure_block([(layer.weight, stats[layer.name]) for layer in layers], options)
         figures |= {layer.name: figure for layer, figure in zip(layers, found, strict=True)}
-    return torch.stack([figures[layer.name] for layer in dense.layers])
+    return {"measured": torch.stack([figures[layer.name] for layer in dense.layers])}
+
+
+def measure_whole(model: Model, blocks: Iterable[Block], recipe: Recipe, tokens: Tensor, outputs: Tensor) -> float:
+    """The loss of a model with other `blocks`, measured as that of trials is.
+
+    `blocks`: each in turn, loaded; `outputs`: the dense model's, as `measure` gave them.
+    """
+    _, options = find_rule(recipe)
+    n = len(outputs)
+    streams = HiddenStates(outputs[:1], 2 * n)
+    for index, sequence in enumerate(_sample(tokens, options)):
+        streams[index] = outputs[index : index + 1]
+        streams[n + index] = model.embed(sequence)
+    for block in blocks:
+        for index in range(n, 2 * n):
+            streams[index] = block(streams[index])
+    return losses(options.loss, model, streams, n, options.positions).item()
+
+
+def _sample(tokens: Tensor, options: TrialOptions) -> Tensor:
+    return tokens[: options.samples, : options.tokens]
 
 
 def _observed_blocks(
@@ -96,14 +119,12 @@ def _require_finite(layer: Layer, stats: LayerStats, dtype: torch.dtype) -> None
         )
 
 
-def _distortions(dense: DenseModel, tokens: Tensor, steps: list[Step], trials: list[Trial], sample: Tensor) -> Tensor:
-    """The distortion of each trial, [n_trials] float64, on `sample` [n, length].
-
-    It is the mean over tokens of the squared error of what leaves the last block, relative to its square; infinite where
-    that is no number. Trials come in the order of their blocks.
-    """
-    model, n, target = dense.model, len(sample), dense.layers[0].plan
-    needs = frozenset[str]().union(*(step.needs for step in steps))
+def _tried(
+    dense: DenseModel, tokens: Tensor, steps: list[Step], trials: list[Trial], options: TrialOptions
+) -> dict[str, Tensor]:
+    """The loss of each trial, and what leaves the dense model's last block. Trials come in the order of their blocks."""
+    model, sample = dense.model, _sample(tokens, options)
+    n, needs = len(sample), frozenset[str]().union(*(step.needs for step in steps))
     of_inputs = needs - FIELDS
     gradients = Gradients(model, dense.run, needs & FIELDS, every=0)
     if gradients.due(0):
@@ -117,23 +138,22 @@ def _distortions(dense: DenseModel, tokens: Tensor, steps: list[Step], trials: l
         before = begun
         for trial in trials:
             if trial.block == block.index:
-                tried = [layer for layer in layers if layer.name in trial.layers]
-                plan = replace(target, sparsity=trial.sparsity)
-                seen = (replace(stats[layer.name], **gradients.of(block.index, layer.name)) for layer in tried)
-                with pruned(tried, seen, plan, steps):
+                changed = [layer for layer in layers if layer.name in trial.layers]
+                seen = (replace(stats[layer.name], **gradients.of(block.index, layer.name)) for layer in changed)
+                with tried(changed, seen, trial.plan, steps):
                     for index in range(n):
                         streams[begun + index] = block(streams[index])
                 begun += n
         for index in range(before):
             streams[index] = block(streams[index])
-    outputs = [streams[index].double() for index in range(n)]
-    errors = [_relative_error(streams[index].double(), outputs[index % n]) for index in range(n, begun)]
+    outputs = torch.cat([streams[index] for index in range(n)])
+    found = losses(options.loss, model, streams, n, options.positions)
     streams.close()
-    return torch.tensor(errors, dtype=torch.float64).view(-1, n).mean(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return {"measured": found, "outputs": outputs}
 
 
 @contextlib.contextmanager
-def pruned(layers: list[Layer], stats: Iterable[LayerStats], plan: LayerPlan, steps: list[Step]) -> Iterator[None]:
+def tried(layers: list[Layer], stats: Iterable[LayerStats], plan: LayerPlan, steps: list[Step]) -> Iterator[None]:
     """Give layers, while the context lasts, the weights that the steps make of them; `stats`: of each layer's input."""
     before = [layer.weight.clone() for layer in layers]
     try:
@@ -141,14 +161,9 @@ def pruned(layers: list[Layer], stats: Iterable[LayerStats], plan: LayerPlan, st
             weight = layer.weight.float().contiguous()
             task = LayerTask(layer.name, weight, weight, seen, plan, layer.weight.dtype)
             for step in steps:
-                task = step.run(task)
+                task = step.run(task) if step.applies(plan) else task
             layer.install(task.weight)
         yield
     finally:
         for layer, weight in zip(layers, before, strict=True):
             layer.install(weight)
-
-
-def _relative_error(output: Tensor, dense: Tensor) -> float:
-    """Mean over tokens, of hidden states [1, tokens, hidden_size]."""
-    return ((output - dense).square().sum(-1) / dense.square().sum(-1)).mean().item()

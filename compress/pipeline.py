@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,30 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.blocks import Work, block_key, compress_blocks
+from compress.blocks import block_key, compress_blocks, finished_blocks
 from compress.calib.data import calibration_windows
 from compress.calib.model import Model
 from compress.calib.self_text import self_generated_windows
 from compress.calib.weight_files import WeightFiles
-from compress.checkpoint.formats import choose_format, open_weights
-from compress.checkpoint.native import Contents, decode, encode
+from compress.checkpoint.formats import open_weights
+from compress.checkpoint.native import Contents, decode
 from compress.checkpoint.save import Saver, lacking
-from compress.checkpoint.stored import StoredLayer
 from compress.clock import peak_rss_bytes
-from compress.errors import RunError
 from compress.files import sha256, write_json
-from compress.kernels.weights import Grid, IntWeight
-from compress.measure import DenseModel, measure, measures
-from compress.plan import PlannedLayer, allocated, dense_bytes, n_parameters, plan_head, plan_layers
+from compress.head import HEAD, compress_head
+from compress.measure import DenseModel, measure, measure_whole, measures
+from compress.plan import PlannedLayer, allocated, plan_format, plan_head, plan_layers, predicted_loss
 from compress.progress import Reporter
 from compress.recipe import Calibration, Recipe
 from compress.run_dir import Finished, RunDir
-from compress.steps import find_steps
+from compress.sizes import dense_bytes, n_parameters
+from compress.steps import find_drift, find_steps
 from compress.whole_model import PRUNED, after_pruning, prepare, prune_whole_model, prunes_whole_model
+from compress.work import Work
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-HEAD = "head"  # what the run folder calls embeddings and head
-HEAD_ROWS = 16384  # embedding rows rounded at a time: all 262,144 of them in float32 would not be small
 
 
 def open_model(folder: Path, dtype: str = "auto", device: str = "cpu") -> Model:
@@ -50,7 +48,8 @@ def compress(
     `shared`: where runs of the same model keep what they have in common (RunDir).
 
     Returns the figures of the run: checkpoint, format, dense_bytes, compressed_bytes, bits_per_weight, sparsity,
-    seconds (finished blocks of earlier sittings included), peak_rss_bytes (of this process).
+    seconds (finished blocks of earlier sittings included), peak_rss_bytes (of this process); predicted_loss and
+    measured_loss where the plan is made of trials.
     Raises InputError for a request that cannot be met, RunError where a run cannot go on; what is finished stays.
     """
     started = time.monotonic()
@@ -59,22 +58,20 @@ def compress(
     if prunes_whole_model(recipe):
         prepare(recipe, model)
     layers, head = plan_layers(model, recipe), plan_head(model, recipe)
-    planned = [*head, *(layer.stored for layer in layers if layer.stored)]
-    format_name, reason = choose_format(recipe.format, planned)
     dense = {"dense_bytes": dense_bytes(model), "parameters": n_parameters(model)}
     run = RunDir(out / "run", recipe, _fingerprint(model), shared)
     try:
         if (done := _finished_before(run, out, folder, reporter)) is not None:
             return done
         _tell_unused(model, run, reporter)
-        if reason:
-            reporter.say(f"writing the {format_name} format: {reason}")
         run.journal.write(event="opened", seconds=round(time.monotonic() - started, 3))
         pruned: dict[str, Any] = {}
         if prunes_whole_model(recipe):
             model, layers, pruned = _smaller(recipe, model, run, reporter)
-        _compress_head(model, head, run)
-        layers = allocate(model, recipe, layers, run, reporter)
+        compress_head(model, head, run)
+        layers, prediction = allocate(model, recipe, layers, run, reporter)
+        format_name, reason = plan_format(model, recipe, layers)
+        reporter.say(f"writing the {format_name} format: {reason}")
         work = Work(
             model,
             steps,
@@ -82,6 +79,8 @@ def compress(
             run,
             recipe.sequential,
             recipe.calib.refresh_gradients,
+            find_drift(recipe, steps),
+            format_name,
         )
         compress_blocks(work, _tokens(model, recipe, run, reporter) if work.needs else None, reporter)
 
@@ -93,9 +92,11 @@ def compress(
         result["compressed_bytes"] = saver.finish_weights()
         result["bits_per_weight"] = result["compressed_bytes"] * 8 / result["parameters"]
         run.journal.write(event="checkpoint", seconds=round(time.monotonic() - saving, 3))
+        saver.finish(result)
+        if prediction is not None:
+            result |= _losses(work, recipe, prediction, reporter)
         result["seconds"] = round(time.monotonic() - started + _earlier_seconds(run), 2)
         result["peak_rss_bytes"] = peak_rss_bytes()
-        saver.finish(result)
         run.journal.write(event="done", **result)
         Finished(run.path).update(result)
         run.drop_blocks()
@@ -160,38 +161,57 @@ def _tell_unused(model: Model, run: RunDir, reporter: Reporter) -> None:
             run.journal.write(event="note", layer=name, note=note)
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """What trials say of a plan that is made of them, and what it takes to say how it came out."""
+
+    loss: float  # the sum over the plan's parts
+    outputs: Tensor  # [samples, tokens, hidden_size], what leaves the dense model's last block
+
+
 def allocate(
     model: Model, recipe: Recipe, layers: list[PlannedLayer], run: RunDir, reporter: Reporter
-) -> list[PlannedLayer]:
-    """The layers with the sparsity where the recipe's rule puts it, from measurements while all blocks are dense.
+) -> tuple[list[PlannedLayer], Prediction | None]:
+    """The layers with the plans that the recipe's rule gives them, from measurements while all blocks are dense.
 
     What was measured is kept in the run folder, and the plan made of it beside it, in plan.json.
     """
     if not measures(recipe):
-        return layers
+        return layers, None
 
     def measured() -> dict[str, Tensor]:
         tokens = _tokens(model, recipe, run, reporter)
-        reporter.say(f"measuring the dense model, for {recipe.target.allocate} to spread the sparsity")
+        reporter.say(f"measuring the dense model, for {recipe.target.allocate} to say what each layer becomes")
         started = time.monotonic()
         figures = measure(DenseModel(model, layers, run, reporter), recipe, tokens)
         own_lines = (line["seconds"] for line in run.journal.this_sitting() if line["event"] == "gradients")
         run.journal.write(event="measured", seconds=round(time.monotonic() - started - sum(own_lines), 3))
-        return {"measured": figures}
+        return figures
 
-    layers = allocated(layers, recipe, run.once("measured", measured)["measured"])
-    write_json(run.path / "plan.json", {layer.name: layer.plan.sparsity for layer in layers})
-    return layers
+    found = run.once("measured", measured)
+    layers = allocated(model, recipe, layers, found["measured"])
+    write_json(run.path / "plan.json", {layer.name: asdict(layer.plan) for layer in layers})
+    loss = predicted_loss(layers, recipe, found["measured"])
+    return layers, None if loss is None else Prediction(loss, found["outputs"])
+
+
+def _losses(work: Work, recipe: Recipe, prediction: Prediction, reporter: Reporter) -> dict[str, float]:
+    """The loss that the plan was said to come to, and that of what it became, with a line in the journal."""
+    started, tokens = time.monotonic(), _tokens(work.model, recipe, work.run, reporter)
+    measured = measure_whole(work.model, finished_blocks(work), recipe, tokens, prediction.outputs)
+    found = {"predicted_loss": prediction.loss, "measured_loss": measured}
+    work.run.journal.write(event="loss", seconds=round(time.monotonic() - started, 3), **found)
+    return found
 
 
 def rehearse_allocation(
     model: Model, recipe: Recipe, layers: list[PlannedLayer], reporter: Reporter
-) -> list[PlannedLayer]:
+) -> tuple[list[PlannedLayer], Prediction | None]:
     """What `allocate` will give a run of this recipe, measured in a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir(Path(folder), recipe, _fingerprint(model))
         try:
-            _compress_head(model, plan_head(model, recipe), run)
+            compress_head(model, plan_head(model, recipe), run)
             return allocate(model, recipe, layers, run, reporter)
         finally:
             run.close()
@@ -221,46 +241,6 @@ def _own_text(model: Model, calib: Calibration, reporter: Reporter) -> Tensor:
                 stage.step()
 
         return self_generated_windows(model.folder, model.tokenizer, calib.nsamples, calib.seqlen, calib.seed, report)
-
-
-def _compress_head(model: Model, head: list[StoredLayer], run: RunDir) -> None:
-    """Round embeddings and head to nearest, so that the blocks calibrate on what they will really see."""
-    if not head:
-        return
-    if not run.has(HEAD):
-        layers = [_round_rows(model, layer) for layer in head]
-        run.save(HEAD, *encode(Contents(layers)), {})
-    for layer in decode(*run.restore(HEAD), where=HEAD).layers:
-        parameter = model.lm.get_parameter(layer.param)
-        for rows, part in _row_parts(layer.packed):
-            parameter[rows].copy_(part.dequantize())
-
-
-def _round_rows(model: Model, planned: StoredLayer) -> StoredLayer:
-    """One embedding or head, [rows, hidden_size], rounded a few rows at a time."""
-    wanted, parameter = planned.packed, model.lm.get_parameter(planned.param)
-    parts = []
-    for rows in torch.arange(len(parameter)).split(HEAD_ROWS):
-        groups = parameter[rows[0] : rows[-1] + 1].float().unflatten(1, (-1, wanted.group_size))
-        if not torch.isfinite(groups).all():
-            raise RunError(f"{planned.name} holds NaN or infinity as it came: the model's files are damaged")
-        grid = Grid.fit(groups, wanted.bits, True, model.dtype)
-        codes = grid.encode_groups(groups).flatten(1)
-        parts.append(IntWeight.from_codes(codes, grid, wanted.group_size, True, model.dtype))
-    packed = IntWeight(
-        torch.cat([part.packed for part in parts]),
-        torch.cat([part.scale for part in parts]),
-        None,
-        **wanted.description(),
-    )
-    return replace(planned, packed=packed)
-
-
-def _row_parts(weight: IntWeight) -> Iterator[tuple[slice, IntWeight]]:
-    """A symmetric weight in pieces of a few rows."""
-    for start in range(0, weight.out_features, HEAD_ROWS):
-        rows = slice(start, start + HEAD_ROWS)
-        yield rows, IntWeight(weight.packed[rows], weight.scale[rows], None, **weight.description())
 
 
 def _finished(work: Work, with_head: bool) -> Iterator[Contents]:

@@ -58,7 +58,9 @@ def draw_sweep(data: dict[str, Any], files: Sequence[Path]) -> None:
         _draw_patterns(panels[0], [one for one in series if one.patterns], patterns, top)
     if len(panels) == 2 or not patterns:
         _draw_lines(panels[-1], series, axis)
-        panels[-1].set_xticks(sorted({row[SWEPT[axis]] for row in done if ":" not in row["pattern"]}))
+        panels[-1].set_xticks(
+            sorted({row[SWEPT[axis]] for row in done if ":" not in row["pattern"] and not row.get("budget")})
+        )
     if any(row["shown"] > top for row in done):
         panels[0].set_ylim(top=top)
     _label(panels[-1], series)
@@ -74,10 +76,17 @@ def _series(rows: list[dict[str, Any]], axis: str) -> list[Series]:
         named.setdefault(name, []).append(row)
     series = []
     for (name, own), style in zip(named.items(), _styles(), strict=False):
-        line = sorted(((row[axis], row["shown"]) for row in own if ":" not in row["pattern"]), reverse=axis == "wbits")
+        line = sorted(
+            ((_place(row, axis), row["shown"]) for row in own if ":" not in row["pattern"]), reverse=axis == "wbits"
+        )
         patterns = {row["pattern"]: row["shown"] for row in own if ":" in row["pattern"]}
         series.append(Series(name, style, line, patterns))
     return series
+
+
+def _place(row: dict[str, Any], axis: str) -> float:
+    """Where a row stands on the axis: at the bits it was asked for, or, with a budget, at those it came to."""
+    return row["layer_bits_per_weight"] if axis == "wbits" and row.get("budget") else row[axis]
 
 
 def _styles() -> Any:

@@ -1,16 +1,18 @@
 """What a run is asked to do, as data: read from a TOML file and flags, validated, written back whole."""
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from compress.allocate.choices import CHOICES, Budget, Choice, read_choices
 from compress.errors import InputError
 from compress.task import LayerPlan
 
-PRUNER, QUANTIZER = "alps", "gptq"  # what measured best (README, tables of methods)
+PRUNER, INPUTS, QUANTIZER, DRIFT = "alps", "smoothquant", "gptq", 0.25  # what measured best (README, tables of methods)
 
 
 class _Frozen(BaseModel):
@@ -27,17 +29,24 @@ class Calibration(_Frozen):
     refresh_gradients: int = Field(0, ge=0, description="blocks after which gradients are taken anew; 0: never")
 
 
+def _group_size(others: dict[str, Any]) -> int:
+    """Inputs that share a scale unless the user says: all of them where a product of integers is to be worth it."""
+    return -1 if others.get("abits", 16) < 16 and others.get("wbits", 16) >= 6 else 128
+
+
 class Target(_Frozen):
     """What the model is asked to become."""
 
     sparsity: float = Field(0.0, ge=0.0, lt=1.0, description="share of the blocks' weights to remove")
     pattern: str = Field("unstructured", description="unstructured, n:m (n kept of every m inputs), or blocks as 16x16")
     compare: Literal["row", "layer"] | None = Field(None, description="what unstructured scores compete within")
-    wbits: Literal[2, 3, 4, 8, 16] = Field(16, description="bits a weight; 16 leaves weights as they are")
-    group_size: int = Field(128, description="inputs that share a scale; -1: one scale an output channel")
+    wbits: Literal[2, 3, 4, 5, 6, 8, 16] = Field(16, description="bits a weight; 16 leaves weights as they are")
+    abits: Literal[4, 6, 8, 16] = Field(16, description="bits of what enters a quantized layer; 16: as it comes")
+    group_size: int = Field(default_factory=_group_size, description="inputs that share a scale; -1: one an output")
     symmetric: bool | None = Field(None, description="zero in the middle of the codes; False: stored zero points")
     head_bits: Literal[4, 8, 16] = Field(16, description="bits of the embeddings and the head")
-    allocate: str = Field("uniform", description="how sparsity is spread over layers")
+    allocate: str = Field("uniform", description="how sparsity and bits are spread over layers")
+    budget: str | None = Field(None, description="what the checkpoint may take: 0.25x, 150MiB, or 3.2bits")
 
     @field_validator("pattern")
     @classmethod
@@ -53,6 +62,35 @@ class Target(_Frozen):
                 )
         return pattern
 
+    @field_validator("budget")
+    @classmethod
+    def _amount(cls, budget: str | None) -> str | None:
+        if budget is not None:
+            Budget.read(budget)
+        return budget
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kept_to(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("budget") is not None:
+            return {"allocate": "budget", **values}
+        return values
+
+    @model_validator(mode="after")
+    def _budgeted(self) -> "Target":
+        if self.budget is None:
+            if self.allocate == "budget":
+                raise ValueError("allocate budget has nothing to keep to: give --budget, such as 3bits or 0.25x")
+            return self
+        if self.allocate != "budget":
+            raise ValueError(f"a budget says itself how bits are spread: leave out allocate {self.allocate}")
+        if self.wbits < 16 or self.sparsity or self.pattern != "unstructured":
+            raise ValueError(
+                "a budget chooses bits and sparsity itself: leave out --wbits, --sparsity and --pattern; "
+                "--set budget.choices=3g64,4g128+2:4 says between what"
+            )
+        return self
+
     @model_validator(mode="after")
     def _agreeing(self) -> "Target":
         if self.group_size != -1 and self.group_size < 8:
@@ -63,9 +101,10 @@ class Target(_Frozen):
             raise ValueError(f"pattern {self.pattern} does not say how many blocks to remove: give sparsity")
         if self.compare is not None and self.pattern != "unstructured":
             raise ValueError(f"compare has nothing to do with pattern {self.pattern}: leave it out")
-        if self.allocate != "uniform" and self.n_of_m is not None:
+        spreads = self.allocate not in ("uniform", "budget")
+        if spreads and self.n_of_m is not None:
             raise ValueError(f"pattern {self.pattern} fixes every layer's sparsity: leave out allocate {self.allocate}")
-        if self.allocate != "uniform" and not self.sparsity:
+        if spreads and not self.sparsity:
             raise ValueError(f"allocate {self.allocate} has nothing to do: give --sparsity")
         return self
 
@@ -92,10 +131,25 @@ class Target(_Frozen):
 
     def layer_plan(self) -> LayerPlan:
         """The same for a single layer, before an allocation moves it."""
-        # More readers take symmetric weights; below four bits a grid that fits is worth more (README, table).
-        symmetric = self.wbits >= 4 if self.symmetric is None else self.symmetric
+        symmetric = self._symmetric(self.wbits)
         return LayerPlan(
-            self.density_gap, self.n_of_m, self.block, self.compare, self.wbits, self.group_size, symmetric
+            self.density_gap, self.n_of_m, self.block, self.compare, self.wbits, self.group_size, symmetric, self.abits
+        )
+
+    def _symmetric(self, wbits: int) -> bool:
+        # More readers take symmetric weights; below four bits a grid that fits is worth more (README, table).
+        return wbits >= 4 if self.symmetric is None else self.symmetric
+
+    def plan_of(self, choice: Choice) -> LayerPlan:
+        """The plan of a layer that is to become one of a budget's choices."""
+        return replace(
+            self.layer_plan(),
+            sparsity=choice.sparsity,
+            pattern=choice.pattern,
+            compare=self.compare if choice.pattern is None else None,
+            wbits=choice.wbits,
+            group_size=self.group_size if choice.group_size is None else choice.group_size,
+            symmetric=self._symmetric(choice.wbits),
         )
 
 
@@ -111,14 +165,17 @@ class Recipe(_Frozen):
     refine: str | None = Field(None, description="what improves the mask that the pruner chose")
     train: str | None = Field(None, description="text that methods which train the model learn from")
     quantizer: str | None = None
+    activations: str | None = Field(None, description="how what enters quantized layers becomes codes, with abits")
+    drift: float | None = Field(
+        None, ge=0, le=1, description="share of the drift of earlier layers that each makes up for; none: 0.25"
+    )
     sequential: bool = Field(False, description="within a block, calibrate each layer on already compressed ones")
     format: str = Field("auto", description="auto, compressed-tensors, gptq or native")
     options: dict[str, dict[str, Any]] = Field(default_factory=dict, description="by method name")
 
     @model_validator(mode="after")
     def _methods(self) -> "Recipe":
-        target = self.target
-        prunes, quantizes = target.density_gap > 0, target.wbits < 16
+        target, prunes, quantizes = self.target, self.prunes, self.quantizes
         if self.pruner and not prunes:
             raise ValueError(f"pruner {self.pruner} has nothing to do: give --sparsity or --pattern")
         if self.refine and not prunes:
@@ -128,23 +185,69 @@ class Recipe(_Frozen):
                 f"refine {self.refine} works on single weights, which pattern {target.pattern} does not allow: "
                 "leave out refine"
             )
+        if self.refine and self.joint:
+            raise ValueError(f"refine {self.refine} needs a mask before anything is rounded: leave it out, or --pruner")
+        if self.drift and self.sequential:
+            raise ValueError("drift is measured with a block as it came, which sequential does not leave: give one")
         if self.quantizer and not quantizes:
             raise ValueError(f"quantizer {self.quantizer} has nothing to do: give --wbits")
+        if target.abits < 16 and not quantizes:
+            raise ValueError(f"abits {target.abits} is for what enters quantized layers: give --wbits as well")
+        if self.activations and target.abits == 16:
+            raise ValueError(f"activations {self.activations} has nothing to do: give --abits")
         if not (prunes or quantizes or target.head_bits < 16):
             raise ValueError("nothing to do: give --sparsity, --pattern, --wbits or --head-bits")
         return self
 
     @property
+    def choices(self) -> list[Choice]:
+        """What a budget chooses from. Raises ValueError for what is no choice."""
+        return read_choices(self.options.get("budget", {}).get("choices", CHOICES))
+
+    @property
+    def plans(self) -> list[LayerPlan]:
+        """What a layer may become: what the target says, or any of a budget's choices."""
+        if self.target.budget is None:
+            return [self.target.layer_plan()]
+        return [self.target.plan_of(choice) for choice in self.choices]
+
+    @property
+    def prunes(self) -> bool:
+        """Whether some layer may lose weights."""
+        return any(plan.sparsity > 0 for plan in self.plans)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether some layer may be quantized."""
+        return any(plan.wbits < 16 for plan in self.plans)
+
+    @property
     def steps(self) -> list[tuple[str, str]]:
         """(stage, method) of each step a layer goes through, defaults filled in."""
         steps = []
-        if self.target.density_gap > 0:
+        if self.target.abits < 16:
+            steps.append(("activations", INPUTS if self.activations is None else self.activations))
+        if self.prunes and not self.joint:
             steps.append(("prune", PRUNER if self.pruner is None else self.pruner))
             if self.refine is not None:
                 steps.append(("refine", self.refine))
-        if self.target.wbits < 16:
-            steps.append(("quantize", QUANTIZER if self.quantizer is None else self.quantizer))
+        if self.quantizes:
+            steps.append(("quantize", self._quantizer))
         return steps
+
+    @property
+    def drift_share(self) -> float:
+        """The share of the drift that layers make up for, its default filled in."""
+        return (0.0 if self.sequential else DRIFT) if self.drift is None else self.drift
+
+    @property
+    def _quantizer(self) -> str:
+        return QUANTIZER if self.quantizer is None else self.quantizer
+
+    @property
+    def joint(self) -> bool:
+        """Whether the quantizer also chooses the mask: it is named as the pruner."""
+        return self.quantizes and self.pruner == self._quantizer
 
     def toml(self) -> str:
         """The recipe as a TOML document that reads back equal."""

@@ -3,7 +3,7 @@
     recipe.toml          what was asked, every default written out
     run.json             versions and a fingerprint of the model's files
     tokens.safetensors   the calibration tokens
-    measured.safetensors, plan.json   what an allocation measured; the sparsity it gave each layer
+    measured.safetensors, plan.json   what an allocation measured; the plan it gave each layer
     log.jsonl            the journal, one line per layer and step, then one per block
     gradients/0000-0017_grad_sq/0007.safetensors   gradients of a block's weights, from one pass over blocks 0 to 17
     blocks/0007.safetensors, 0007.json   a finished block; its checksum and figures, written after it

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from compress.calib.texts import check_source
-from compress.checkpoint.formats import choose_format
 from compress.checkpoint.writer import remove_checkpoint
 from compress.clock import forget_peak
 from compress.commands import check_out
@@ -17,7 +16,7 @@ from compress.eval.speed import SpeedProtocol, measure_speed
 from compress.evaluate import evaluate
 from compress.files import write_json, write_text
 from compress.pipeline import compress, files_fingerprint, open_model
-from compress.plan import plan_head, plan_layers
+from compress.plan import plan_layers
 from compress.progress import Reporter
 from compress.recipe import Recipe
 from compress.run_dir import Finished, check_claim, held, read_json
@@ -65,6 +64,7 @@ class Run:
             "sparsity": target.density_gap,
             "pattern": target.pattern,
             "wbits": target.wbits,
+            "budget": target.budget,
             "nsamples": self.recipe.calib.nsamples,
             "seqlen": self.recipe.calib.seqlen,
         }
@@ -158,8 +158,7 @@ def _check(bench: Bench, runs: list[Run]) -> dict[str, Any]:
             find_steps(run.recipe)
             if prunes_whole_model(run.recipe):
                 prepare(run.recipe, model)
-            layers, head = plan_layers(model, run.recipe), plan_head(model, run.recipe)
-            choose_format(run.recipe.format, [*head, *(layer.stored for layer in layers if layer.stored)])
+            plan_layers(model, run.recipe)
         except InputError as error:
             raise InputError(f"{run.title}: {error}") from error
         check_out(run.folder, bench.model)

@@ -9,8 +9,8 @@ from compress.errors import InputError
 from compress.recipe import Recipe, merged
 from compress.steps import STAGES, methods
 
-GRAMMAR = "PRUNER[+REFINE][+QUANTIZER][@ALLOCATE][:KEY=VALUE,...]"
-FIELD = {"prune": "pruner", "refine": "refine", "quantize": "quantizer"}  # where a recipe names a stage's method
+GRAMMAR = "PRUNER[+REFINE][+QUANTIZER][+ACTIVATIONS][@ALLOCATE][:KEY=VALUE,...]"
+FIELD = {"prune": "pruner", "refine": "refine", "quantize": "quantizer", "activations": "activations"}  # where a recipe names a stage's method
 THE_SAME = ("model", "revision")  # in every run of a sweep
 CLOSING = {"[": "]", "{": "}", '"': '"', "'": "'"}
 
@@ -21,6 +21,11 @@ def read_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+def typed(value: Any) -> str:
+    """A value as it may be typed after METHOD.KEY=."""
+    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def method_options(pairs: Iterable[str]) -> dict[str, dict[str, Any]]:

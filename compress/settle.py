@@ -7,7 +7,11 @@ share: with U the upper Cholesky factor of the inverse Hessian, an error e of co
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
+
+from compress.prune.masks import keep_largest
+from compress.task import LayerPlan
 
 INNER = 32  # columns whose rank-one updates stay in the cache
 
@@ -39,8 +43,42 @@ def settle_columns(
             high = min(low + inner, stop)
             for i in range(low, high):
                 settled = settle(i, columns[i])
-                error = errors[i - start].copy_(columns[i]).sub_(settled).div_(pivots[i])
+                error = torch.sub(columns[i], settled, out=errors[i - start]).div_(pivots[i])
                 columns[i] = settled
                 columns[i + 1 : high].addr_(factor[i, i + 1 : high], error, alpha=-1)
             columns[high:stop].addmm_(factor[low:high, high:stop].T, errors[low - start : high - start], alpha=-1)
         columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+
+
+class SweepMask:
+    """A mask chosen as the sweep goes, from weights that have taken in the errors of earlier columns (SparseGPT).
+
+    A weight's score is its squared value over the squared pivot of its column. Unstructured masks compare all rows of a
+    block of columns at once, n:m masks the m columns of a group. Masks that are compared otherwise (`compare`, and
+    blocks of weights) are chosen before the first update.
+    """
+
+    def __init__(self, columns: Tensor, factor: Tensor, plan: LayerPlan):
+        self.columns, self.plan, self.pivots = columns, plan, factor.diagonal().unsqueeze(1)
+        self.at_once = plan.block is not None or plan.compare is not None
+        self.unit = 1 if plan.pattern is None else plan.pattern[1]  # columns to keep up to date together
+        if self.at_once:
+            self.keep = keep_largest((columns / self.pivots).abs_().T, plan).T.contiguous()
+        else:
+            self.keep = torch.ones_like(columns, dtype=torch.bool)  # [in, out]
+
+    def begin(self, start: int, stop: int) -> None:
+        """Choose among a block of columns, if they compete with each other."""
+        if self.at_once or self.plan.pattern is not None:
+            return
+        score = (self.columns[start:stop] / self.pivots[start:stop]).square_().flatten()
+        gone = score.topk(int(score.numel() * self.plan.sparsity), largest=False, sorted=False).indices
+        self.keep[start:stop].view(-1)[gone] = False
+
+    def reach(self, i: int) -> Tensor:
+        """What is kept of column i, [out] bool, now that its turn has come."""
+        if self.plan.pattern is not None and i % self.unit == 0:
+            n, m = self.plan.pattern
+            score = (self.columns[i : i + m] / self.pivots[i : i + m]).square_()
+            self.keep[i : i + m].scatter_(0, score.argsort(dim=0, stable=True)[: m - n], False)
+        return self.keep[i]

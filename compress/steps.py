@@ -1,7 +1,7 @@
 """Find a method by name: the file compress/<folder>/<name>.py is the method, and the verb it defines says its stage."""
 
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -14,10 +14,11 @@ from compress.calib.gradients import FIELDS
 from compress.errors import InputError
 from compress.options import MethodOptions
 from compress.recipe import Recipe, validation_line
-from compress.task import LayerTask
+from compress.task import LayerPlan
 
 STAGES = {  # stage: the folder of its methods, and the verbs that make a file one of them
-    "allocate": ("allocate", ("allocate_layers",)),
+    "allocate": ("allocate", ("allocate_layers", "choose_plans")),
+    "activations": ("quantize", ("scale_inputs",)),
     "prune": ("prune", ("prune_layer", "prune_model")),
     "refine": ("prune", ("refine_layer",)),
     "quantize": ("quantize", ("quantize_layer",)),
@@ -32,8 +33,15 @@ class Step:
     name: str
     needs: frozenset[str]  # the fields of LayerStats it reads
     options: MethodOptions
-    run: Callable[[LayerTask], LayerTask]
+    run: Callable[[Any], Any]  # a LayerTask to the next one; in the stage "activations" an InputTask
     flops: Callable[[int, int], float]  # of a layer [out, in], beyond the column sweep of a method that reads Hessians
+    rows_alone: bool = False  # once the mask is there, no output depends on another: layers of one input are solved as one
+
+    def applies(self, plan: LayerPlan) -> bool:
+        """Whether a layer's plan asks for anything that this step does."""
+        if self.stage == "activations":
+            return plan.abits < 16
+        return plan.wbits < 16 if self.stage == "quantize" else plan.sparsity > 0
 
 
 def methods(stage: str) -> dict[str, ModuleType]:
@@ -83,23 +91,39 @@ def find_steps(recipe: Recipe) -> list[Step]:
     used = {name for _, name in recipe.steps} | {recipe.target.allocate}
     if unused := [name for name in recipe.options if name not in used]:
         raise InputError(f"options for {unused[0]}, which this recipe does not use (it uses {', '.join(sorted(used))})")
+    both = [name for name, method in methods("quantize").items() if hasattr(method, "CHOOSES_MASKS")]
+    if recipe.joint and recipe.pruner not in both:
+        raise InputError(f"pruner {recipe.pruner} only rounds: take one of {', '.join([*methods('prune'), *both])}")
     every = [_step(recipe, stage, name) for stage, name in recipe.steps]  # all, so that all options are checked
     steps = [step for step in every if not whole_model(step.stage, step.name)]
     if recipe.calib.refresh_gradients and not any(step.needs & FIELDS for step in steps):
         raise InputError("calib.refresh_gradients has nothing to do: no method of this recipe reads gradients")
+    if recipe.drift and not find_drift(recipe, steps):
+        raise InputError(f"drift {recipe.drift:g} has nothing to do: no method of this recipe reads Hessians")
     if recipe.train is not None and len(steps) == len(every):
         raise InputError(f"train {recipe.train} has nothing to do: no method of this recipe trains the model")
     return steps
 
 
-def find_trial_steps(recipe: Recipe, pruner: str | None) -> list[Step]:
-    """What a layer goes through when an allocation tries a sparsity on it: the recipe's pruner and refiner, or `pruner`.
+def find_drift(recipe: Recipe, steps: Iterable[Step]) -> float:
+    """The share of the drift that layers make up for: none where no step reads Hessians, as it takes one to say how."""
+    return recipe.drift_share if any("hessian" in step.needs for step in steps) else 0.0
 
-    `pruner` comes with its defaults unless it is the recipe's own. Raises InputError for one that there is not, or that
-    works on whole models.
+
+def find_trial_steps(recipe: Recipe, stand_ins: Mapping[str, str | None]) -> list[Step]:
+    """What a layer goes through when an allocation tries a plan on it: the recipe's own steps, or what stands in for one.
+
+    `stand_ins`: for each stage that trials have (prune, quantize), None or a quicker method in place of the recipe's; it
+    comes with its defaults unless it is the recipe's own. A pruner of the recipe's own has its refiner with it.
+    Raises InputError for a method that there is not, or that works on whole models.
     """
-    own = [(stage, name) for stage, name in recipe.steps if stage in ("prune", "refine")]
-    steps = own if pruner is None else [("prune", pruner)]
+    steps = []
+    for stage, name in recipe.steps:
+        tried = "prune" if stage == "refine" else stage
+        if tried in stand_ins and stand_ins[tried] is None:
+            steps.append((stage, name))
+        elif stage in stand_ins:
+            steps.append((stage, str(stand_ins[stage])))
     if whole := [name for stage, name in steps if whole_model(stage, name)]:
         raise InputError(
             f"{recipe.target.allocate} tries pruners on parts of the model, and {whole[0]} works on a whole one: "
@@ -114,7 +138,8 @@ def _step(recipe: Recipe, stage: str, name: str) -> Step:
     options = find_options(stage, name, recipe.options.get(name, {}))
     needs = method.needs(options) if hasattr(method, "needs") else method.NEEDS
     verb = getattr(method, verb_of(stage, method))
-    return Step(stage, name, frozenset(needs), options, _bound(verb, options), _flops(method, options))
+    alone = getattr(method, "ROWS_ALONE", False)
+    return Step(stage, name, frozenset(needs), options, _bound(verb, options), _flops(method, options), alone)
 
 
 def _flops(method: ModuleType, options: MethodOptions) -> Callable[[int, int], float]:
@@ -123,8 +148,6 @@ def _flops(method: ModuleType, options: MethodOptions) -> Callable[[int, int], f
     return lambda out_features, in_features: said(out_features, in_features, options)
 
 
-def _bound(
-    verb: Callable[[LayerTask, MethodOptions], LayerTask], options: MethodOptions
-) -> Callable[[LayerTask], LayerTask]:
+def _bound(verb: Callable[[Any, MethodOptions], Any], options: MethodOptions) -> Callable[[Any], Any]:
     """A method's verb with its options filled in."""
     return lambda task: verb(task, options)

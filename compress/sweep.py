@@ -22,7 +22,7 @@ from compress.runs import Bench, Protocol, Run, run_all
 from compress.settings import read_setting, split_settings, taken
 
 COLUMNS = (
-    "setting target pruner refine quantizer allocate sparsity pattern wbits perplexity ratio layer_sparsity "
+    "setting target pruner refine quantizer allocate sparsity pattern wbits budget perplexity ratio layer_sparsity "
     "layer_bits_per_weight compressed_bytes seconds peak_rss_bytes nsamples seqlen tokens prefill_tokens_per_second "
     "prefill_speedup decode_ms_per_token decode_speedup failed"
 ).split()
@@ -48,6 +48,7 @@ class Request:
     out: Path
     keep: bool = False
     speed: bool = False
+    budgets: tuple[str, ...] = ()  # columns beside those of the other three
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def plan_runs(request: Request) -> tuple[list[Run], int]:
 
 
 def _columns(request: Request) -> list[Column]:
-    """What --sparsity, --pattern and --wbits come to together."""
+    """What --sparsity, --pattern and --wbits come to together, and each --budget."""
     pruning = [Column(f"{100 * s:g}%", {"sparsity": s}) for s in _each(request.sparsities, float, "--sparsity", "0.5")]
     for pattern in _each(request.patterns, str, "--pattern", "2:4"):
         if ":" not in pattern:
@@ -114,8 +115,11 @@ def _columns(request: Request) -> list[Column]:
             raise InputError(f"--pattern {pattern}: a sweep's patterns are n:m; {mend}")
         pruning.append(Column(pattern, {"pattern": pattern, "sparsity": 0.0}))
     bits = [Column(f"W{b}", {"wbits": b}) for b in _each(request.wbits, int, "--wbits", "4")]
+    budgets = [Column(b, {"budget": b}) for b in _each(list(request.budgets), str, "--budget", "3bits")]
+    if budgets and not pruning and not bits:
+        return budgets
     pairs = product(pruning or [Column("", {})], bits or [Column("", {})])
-    return [Column(f"{p.label} {b.label}".strip() or "recipe", p.values | b.values) for p, b in pairs]
+    return [Column(f"{p.label} {b.label}".strip() or "recipe", p.values | b.values) for p, b in pairs] + budgets
 
 
 def _each(texts: list[str], kind: Callable[[str], Value], flag: str, example: str) -> list[Value]:
@@ -136,9 +140,9 @@ def _recipe(request: Request, base: dict[str, Any], setting: tuple[str, dict[str
         recipe = read_recipe(request.recipe, merged(merged(base, values), {"target": column.values}))
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
-    if recipe.target.density_gap > 0 and recipe.pruner is None:
+    if recipe.prunes and recipe.pruner is None:
         raise InputError(f"{where}: it names no pruner to come to that with: write one, such as wanda+{text}")
-    if recipe.target.wbits < 16 and recipe.quantizer is None:
+    if recipe.quantizes and recipe.quantizer is None:
         names = text.partition(":")[0].partition("@")[0]
         raise InputError(f"{where}: it names no quantizer to come to that with: write one, such as {names}+gptq")
     return recipe

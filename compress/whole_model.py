@@ -22,11 +22,11 @@ from compress.checkpoint.save import files_along
 from compress.checkpoint.writer import ShardWriter, remove_checkpoint
 from compress.errors import InputError
 from compress.files import replace_file, write_json
-from compress.plan import dense_bytes, n_parameters
 from compress.progress import Reporter, Stage
 from compress.recipe import Recipe
 from compress.report import Report, size, table
 from compress.run_dir import Journal, RunDir, read_json
+from compress.sizes import dense_bytes, n_parameters
 from compress.steps import find_method, find_options, whole_model
 from compress.structures import Masks, Structures, find_structures, with_sizes
 from compress.training import Session, Trainee, require_peft

@@ -43,21 +43,22 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(words: Tensor, bits: int, length: int) -> Tensor:
-    """The inverse of `pack`: int32 [..., words] to uint8 [..., length]."""
+    """The inverse of `pack`: int32 [..., words] to uint8 [..., length], or int32 where codes have more than 8 bits."""
     period = math.lcm(bits, WORD)
     codes_per_period, words_per_period = period // bits, period // WORD
     padded = -words.shape[-1] % words_per_period
     if padded:
         words = torch.nn.functional.pad(words, (0, padded))
     groups = words.unflatten(-1, (-1, words_per_period))
-    codes = torch.empty(*groups.shape[:-1], codes_per_period, dtype=torch.uint8, device=words.device)
+    dtype = torch.uint8 if bits <= 8 else torch.int32
+    codes = torch.empty(*groups.shape[:-1], codes_per_period, dtype=dtype, device=words.device)
     mask = 2**bits - 1
     for i in range(codes_per_period):
         word, shift = divmod(i * bits, WORD)
         value = (groups[..., word].to(torch.int64) & 0xFFFFFFFF) >> shift
         if shift + bits > WORD:
             value |= (groups[..., word + 1].to(torch.int64) & 0xFFFFFFFF) << (WORD - shift)
-        codes[..., i] = (value & mask).to(torch.uint8)
+        codes[..., i] = (value & mask).to(dtype)
     return codes.flatten(-2)[..., :length].contiguous()
 
 

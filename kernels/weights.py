@@ -1,10 +1,13 @@
 """Packed weights: the values a compressed layer may take, and how they lie in memory.
 
-A memory layout is one small frozen class with `dequantize`, `tensors`, `from_tensors` and `nbytes`. A new layout is a
-new class, never a flag on an old one.
+A memory layout is one small frozen class that derives from `PackedWeight`: `IntWeight` here, one file for each other
+(sparse24_weight.py, codebook_weight.py). A new layout is a new class, never a flag on an old one.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -65,9 +68,9 @@ class Grid:
         low, high = groups.amin(-1).clamp(max=0) * ratio, groups.amax(-1).clamp(min=0) * ratio
         if symmetric:
             scale = torch.maximum(-low, high) / (levels / 2)
-            scale = _storable(scale, scale_dtype)
+            scale = storable(scale, scale_dtype)
             return cls(scale, torch.full_like(scale, 2 ** (bits - 1)), bits)
-        scale = _storable((high - low) / levels, scale_dtype)
+        scale = storable((high - low) / levels, scale_dtype)
         return cls(scale, (-low / scale).round().clamp(0, levels), bits)
 
     def _error(self, groups: Tensor, importance: Tensor | None) -> Tensor:
@@ -81,14 +84,78 @@ class Grid:
         return codes.round_().clamp_(0, 2**self.bits - 1)
 
 
-def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The nearest positive scale that both `dtype` and float16 hold exactly."""
     stored = torch.float16 if dtype == torch.float32 else dtype
     return scale.clamp(SMALLEST_SCALE, 32768.0).to(stored).float()
 
 
+HALF = (torch.float16, torch.bfloat16)  # what scales are stored in
+
+Expected = dict[
+    str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]
+]  # of each tensor: its shape, the dtypes it may have
+
+
+class PackedWeight(ABC):
+    """A weight [out, in] in a memory layout of its own. The tensors `packed` and `scale` of every layout have a row an output."""
+
+    WHOLE: ClassVar[tuple[str, ...]] = ()  # tensors that all rows share
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+
+    @abstractmethod
+    def dequantize(self) -> Tensor:
+        """float32 [out, in]."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file has to hold, beside `description`."""
+
+    @abstractmethod
+    def description(self) -> dict[str, int]:
+        """What the tensors do not say themselves, and what they must agree with."""
+
+    @classmethod
+    @abstractmethod
+    def expected(cls, out_features: int, description: Mapping[str, int]) -> Expected:
+        """The tensors that a weight of this description has, each with its shape and the dtypes it may have."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], description: Mapping[str, int]) -> Self:
+        """The inverse of `tensors` and `description`."""
+
+    @classmethod
+    def without_values(cls, out_features: int, description: Mapping[str, int]) -> Self:
+        """A weight on the meta device: it knows its size and its description, and takes no memory."""
+        parts = cls.expected(out_features, description).items()
+        tensors = {name: torch.empty(shape, dtype=dtypes[0], device="meta") for name, (shape, dtypes) in parts}
+        return cls.from_tensors(tensors, description)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def rows(self, which: slice) -> Self:
+        """Some of its outputs, as a weight of their own."""
+        tensors = {name: t if name in self.WHOLE else t[which] for name, t in self.tensors().items()}
+        return self.from_tensors(tensors, self.description())
+
+
+def stacked_rows(parts: Sequence[PackedWeight]) -> PackedWeight:
+    """The outputs of several weights of one description as one; the inverse of `rows`. None may share tensors among rows."""
+    tensors = [part.tensors() for part in parts]
+    joined = {name: torch.cat([each[name] for each in tensors]) for name in tensors[0]}
+    return parts[0].from_tensors(joined, parts[0].description())
+
+
 @dataclass(frozen=True)
-class IntWeight:
+class IntWeight(PackedWeight):
     """Integer codes of one linear layer with a scale and a zero point for each group of its inputs."""
 
     packed: Tensor  # [out, ceil(in * bits / 32)] int32, a bit stream along the inputs (kernels/packing.py)
@@ -116,16 +183,12 @@ class IntWeight:
     @classmethod
     def planned(cls, shape: tuple[int, int], bits: int, group_size: int, symmetric: bool) -> "IntWeight":
         """A weight of (out, in) features without values, on the meta device: it knows its size and its description."""
-        out_features, in_features = shape
-        groups = (out_features, in_features // group_size)
-        return cls(
-            packed=torch.empty(out_features, words_for(in_features, bits), dtype=torch.int32, device="meta"),
-            scale=torch.empty(groups, dtype=torch.float16, device="meta"),
-            zero_point=None if symmetric else torch.empty(groups, dtype=torch.uint8, device="meta"),
-            bits=bits,
-            group_size=group_size,
-            in_features=in_features,
-        )
+        return cls.without_values(shape[0], _description(bits, group_size, shape[1], symmetric))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return len(self.packed), self.in_features
 
     @property
     def out_features(self) -> int:
@@ -137,11 +200,6 @@ class IntWeight:
         """Whether zero lies in the middle of the codes, so that no zero points are stored."""
         return self.zero_point is None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(t.nbytes for t in self.tensors().values())
-
     def codes(self) -> Tensor:
         """Unsigned codes, uint8 [out, in]."""
         return unpack(self.packed, self.bits, self.in_features)
@@ -152,16 +210,37 @@ class IntWeight:
         groups = self.codes().float().unflatten(1, (-1, self.group_size))
         return groups.sub_(zero_point).mul_(self.scale.float().unsqueeze(-1)).flatten(1)
 
+    def to_int(self) -> "IntWeight":
+        """Itself: the layout that formats of integers without gaps hold."""
+        return self
+
     def tensors(self) -> dict[str, Tensor]:
-        """What a file has to hold, beside `description`."""
+        """`packed`, `scale` and, if asymmetric, `zero_point`."""
         named = {"packed": self.packed, "scale": self.scale, "zero_point": self.zero_point}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def description(self) -> dict[str, int]:
-        """What the tensors do not say themselves."""
-        return {"bits": self.bits, "group_size": self.group_size, "in_features": self.in_features}
+        """Bits, group size, row length, and whether it is symmetric."""
+        return _description(self.bits, self.group_size, self.in_features, self.symmetric)
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], description: dict[str, int]) -> "IntWeight":
+    def expected(cls, out_features: int, description: Mapping[str, int]) -> Expected:
+        """The tensors that a weight of this description has, each with its shape and the dtypes it may have."""
+        length, groups = description["in_features"], description["in_features"] // description["group_size"]
+        parts: Expected = {
+            "packed": ((out_features, words_for(length, description["bits"])), (torch.int32,)),
+            "scale": ((out_features, groups), HALF),
+        }
+        if not description["symmetric"]:
+            parts["zero_point"] = ((out_features, groups), (torch.uint8,))
+        return parts
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], description: Mapping[str, int]) -> "IntWeight":
         """The inverse of `tensors` and `description`."""
-        return cls(tensors["packed"], tensors["scale"], tensors.get("zero_point"), **description)
+        facts = {name: description[name] for name in ("bits", "group_size", "in_features")}
+        return cls(tensors["packed"], tensors["scale"], tensors.get("zero_point"), **facts)
+
+
+def _description(bits: int, group_size: int, in_features: int, symmetric: bool) -> dict[str, int]:
+    return {"bits": bits, "group_size": group_size, "in_features": in_features, "symmetric": symmetric}

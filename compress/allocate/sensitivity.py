@@ -15,6 +15,7 @@ With the defaults on 18 blocks that is 2268 x 4 sequences. Hidden states of all 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -22,14 +23,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from compress.allocate.spread import Floats, LayerSize, SpreadOptions, Trial, spread
+from compress.allocate.spread import Floats, LayerSize, SpreadOptions, Trial, TrialOptions, groups_of, spread
 from compress.task import LayerPlan
 
 NEEDS: frozenset[str] = frozenset()  # beyond what the pruner reads
 RESOLUTION = 20_000  # parts of all weights that dynamic programming counts in
 
 
-class Options(SpreadOptions):
+class Options(TrialOptions, SpreadOptions):
     """What is tried, and on how much text."""
 
     group: Literal["module", "block"] = Field(
@@ -37,16 +38,18 @@ class Options(SpreadOptions):
     )
     reach: float = Field(0.3, ge=0, lt=1, description="candidates go this far from the target")
     step: float = Field(0.1, ge=0.005, lt=1, description="distance between candidates")
-    pruner: str | None = Field(None, description="what prunes in the trials; none: the recipe's own pruner and refiner")
-    samples: int = Field(4, ge=1, description="calibration sequences that distortion is measured on")
-    tokens: int = Field(512, ge=8, description="tokens of each")
+
+
+def stand_ins(options: Options) -> dict[str, str | None]:
+    """The stages of a trial, and what takes the place of the recipe's own method."""
+    return {"prune": options.pruner}
 
 
 def trials(layers: Sequence[LayerSize], target: LayerPlan, options: Options) -> list[Trial]:
     """What has to be measured: each group at each candidate but 0, by block, then group, then sparsity."""
     return [
-        Trial(group[0].block, tuple(layer.name for layer in group), candidate)
-        for group in _groups(layers, options)
+        Trial(group[0].block, tuple(layer.name for layer in group), replace(target, sparsity=candidate))
+        for group in groups_of(layers, options.group)
         for candidate in _candidates(target, options)
         if candidate > 0
     ]
@@ -56,7 +59,7 @@ def allocate_layers(
     layers: Sequence[LayerSize], measured: Tensor, target: LayerPlan, options: Options
 ) -> dict[str, LayerPlan]:
     """The plan of each layer, from the distortions [n_trials] of `trials`."""
-    groups, candidates = _groups(layers, options), np.array(_candidates(target, options))
+    groups, candidates = groups_of(layers, options.group), np.array(_candidates(target, options))
     n_weights = np.array([sum(layer.n_weights for layer in group) for group in groups])
     distortion = np.zeros((len(groups), len(candidates)))
     distortion[:, candidates > 0] = measured.numpy().reshape(len(groups), -1)
@@ -97,12 +100,3 @@ def _candidates(target: LayerPlan, options: Options) -> list[float]:
     steps = int(options.reach / options.step + 1e-9)
     tried = [target.sparsity + options.step * k for k in range(-steps, steps + 1)]
     return sorted({round(min(max(value, 0.0), options.highest(target)), 9) for value in tried})
-
-
-def _groups(layers: Sequence[LayerSize], options: Options) -> list[list[LayerSize]]:
-    """The layers that get one sparsity, in the order of the blocks."""
-    groups: dict[tuple[int, str], list[LayerSize]] = {}
-    for layer in layers:
-        module, dot, _ = layer.name.split(f".{layer.block}.", 1)[-1].partition(".")  # no dot: the block's own layer
-        groups.setdefault((layer.block, module if dot and options.group == "module" else ""), []).append(layer)
-    return list(groups.values())

@@ -1,7 +1,9 @@
 """What the rules share: the size of a layer, what is tried on one, and sparsities whose total is exact."""
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +16,21 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class Priced:
+    """A plan that a layer may get, and what the layer then takes of a budget."""
+
+    plan: LayerPlan
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class LayerSize:
     """One linear layer, before it has values."""
 
     name: str
     block: int
     shape: tuple[int, int]  # (out, in)
+    choices: tuple[Priced, ...] = field(default=(), kw_only=True)  # with a budget: what it may become
 
     @property
     def n_weights(self) -> int:
@@ -29,11 +40,38 @@ class LayerSize:
 
 @dataclass(frozen=True)
 class Trial:
-    """Some layers of one block pruned to one sparsity, while everything else stays dense."""
+    """Some layers of one block compressed by one plan, while everything else stays dense."""
 
     block: int
     layers: tuple[str, ...]
-    sparsity: float
+    plan: LayerPlan
+
+
+class TrialOptions(MethodOptions):
+    """What every rule that tries plans on parts of the model can be told."""
+
+    pruner: str | None = Field(None, description="what prunes in the trials; none: the recipe's own pruner and refiner")
+    samples: int = Field(4, ge=1, description="calibration sequences that distortion is measured on")
+    tokens: int = Field(512, ge=8, description="tokens of each")
+    loss: Literal["output", "logits"] = Field(
+        "output",
+        description="the relative squared error of the last block's output, or the KL divergence of the logits",
+    )
+    positions: int = Field(64, ge=1, description="tokens of each sequence whose logits are compared")
+
+
+def groups_of(layers: Sequence[LayerSize], by: str) -> list[list[LayerSize]]:
+    """The layers that a rule treats alike, in the order of the blocks.
+
+    `by`: "layer" (all experts' slices of one parameter together), "module" of a block, or "block".
+    """
+    groups: dict[tuple[int, str], list[LayerSize]] = {}
+    for layer in layers:
+        within = layer.name.split(f".{layer.block}.", 1)[-1]
+        module, dot, _ = within.partition(".")  # no dot: the block's own layer
+        names = {"layer": re.sub(r"\.\d+$", "", within), "module": module if dot else "", "block": ""}
+        groups.setdefault((layer.block, names[by]), []).append(layer)
+    return list(groups.values())
 
 
 class SpreadOptions(MethodOptions):

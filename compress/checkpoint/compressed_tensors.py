@@ -1,7 +1,9 @@
-"""compressed-tensors, format pack-quantized: what vLLM and transformers load. Written dense, as version 0.19 and later.
+"""compressed-tensors, formats pack-quantized and int-quantized: what vLLM and transformers load.
 
-A layer NAME is NAME.weight_packed, .weight_scale, .weight_shape and, if asymmetric, .weight_zero_point, which is packed
-along the outputs. The library speaks of signed codes but stores them shifted by 2**(bits - 1), so our unsigned codes
+Written dense, as version 0.19 and later. A layer NAME is NAME.weight_packed, .weight_scale, .weight_shape and, if
+asymmetric, .weight_zero_point, which is packed along the outputs; int-quantized, for symmetric codes of 8 bits by channel
+whose inputs are quantized as well, has NAME.weight int8 and .weight_scale. Inputs have a scale found for each token, so
+no tensor says anything of them. The library speaks of signed codes but stores them shifted by 2**(bits - 1), so our unsigned codes
 and zero points go in as they are.
 """
 
@@ -13,18 +15,29 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint.dense_view import PackedFiles, decoded
-from compress.checkpoint.stored import StoredLayer, exact, group_sizes, refuse
+from compress.checkpoint.stored import StoredLayer, codebooks, exact, group_sizes, integers, refuse, with_zeros
 from compress.errors import InputError, RunError
+from compress.kernels.inputs import InputQuantizer
 from compress.kernels.packing import pack, unpack, words_for
 from compress.kernels.weights import IntWeight
 
 QUANT_METHOD = "compressed-tensors"
 VERSION = "0.20.0"  # of the library whose layout this is: 0.17 packed 3-bit codes otherwise
 FORMAT = "pack-quantized"
-READABLE = (FORMAT, "int-quantized", "naive-quantized")
+WHOLE_CODES = "int-quantized"  # a byte a code, for layers whose inputs have a byte as well
+READABLE = (FORMAT, WHOLE_CODES, "naive-quantized")
 BITS = (2, 3, 4, 8)
 
 REFUSALS = (
+    (
+        lambda layer: layer.inputs is not None and layer.inputs.static,
+        "compressed-tensors cannot hold {name}, whose norm emits integer codes, which its readers would scale: native can",
+    ),
+    (
+        lambda layer: layer.inputs is not None and layer.inputs.bits != 8,
+        "compressed-tensors is read with inputs of 8 bits or of 16, and those of {name} have neither: native can",
+    ),
+    (codebooks, "compressed-tensors cannot hold {name}, which has codebooks: native can"),
     (
         lambda layer: layer.index is not None,
         "compressed-tensors cannot hold {name}, a slice of one parameter for all experts: native can",
@@ -38,7 +51,7 @@ REFUSALS = (
         "compressed-tensors cannot hold {name}, an embedding: transformers fails to run one it loaded packed; native can",
     ),
     (
-        lambda layer: layer.packed.bits not in BITS,
+        lambda layer: integers(layer).bits not in BITS,
         "compressed-tensors is written with 2, 3, 4 or 8 bits, which {name} does not have: native can hold it",
     ),
 )
@@ -49,13 +62,35 @@ def refusal(layers: Sequence[StoredLayer]) -> str | None:
     return refuse(layers, REFUSALS)
 
 
+def unread(layers: Sequence[StoredLayer]) -> str | None:
+    """One sentence on why transformers could not load what this format holds; None if it can.
+
+    Its plain path makes no room for packed zero points, and its dequantizing one takes all layers for the first kind's
+    (transformers 5.23, compressed-tensors 0.20).
+    """
+    if len(kinds := _kinds(layers)) > 1 and not all(symmetric for *_, symmetric in kinds):
+        return (
+            "compressed-tensors holds these layers, but transformers cannot load asymmetric ones among others of another "
+            "kind (--symmetric mends that)"
+        )
+    return None
+
+
+def held(layer: StoredLayer) -> StoredLayer:
+    """A layer as this format stores it: with a code for every weight, pruned ones as well."""
+    return with_zeros(layer)
+
+
 def layer_tensors(layer: StoredLayer, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of one layer by full name: codes int32, scales in the model's `dtype`, shape int64 [2].
 
     The library decodes in the dtype of the scales, so a float32 model needs them in float32 to decode exactly.
     Raises RunError if the scales do not fit `dtype`.
     """
-    weight = layer.packed
+    weight = integers(layer).to_int()
+    if _format(layer) == WHOLE_CODES:
+        signed = (weight.codes().to(torch.int16) - 128).to(torch.int8)
+        return {f"{layer.name}.weight": signed, f"{layer.name}.weight_scale": exact(weight.scale, dtype, layer.name)}
     tensors = {
         "weight_packed": weight.packed,
         "weight_scale": exact(weight.scale, dtype, layer.name),
@@ -71,25 +106,22 @@ def quantization_config(layers: Sequence[StoredLayer], ignore: Sequence[str]) ->
 
     Layers that are alike are one group with the target "Linear"; otherwise each kind is a group that names its layers.
     """
-    sizes = group_sizes(layers)
-    kinds: dict[tuple[int, int, bool], list[str]] = {}
-    for layer in layers:
-        kind = (layer.packed.bits, sizes[layer.name], layer.packed.symmetric)
-        kinds.setdefault(kind, []).append(layer.name)
+    kinds = _kinds(layers)
+    formats = {kind[0] for kind in kinds}
     groups = {
         f"group_{i}": {
             "targets": ["Linear"] if len(kinds) == 1 else names,
-            "format": FORMAT,
-            "input_activations": None,
+            "format": layout,
+            "input_activations": _arguments(8, True, "token", dynamic=True) if quantized_inputs else None,
             "output_activations": None,
-            "weights": _weights(*kind),
+            "weights": _arguments(bits, symmetric, *(("channel",) if size == -1 else ("group", size))),
         }
-        for i, (kind, names) in enumerate(kinds.items())
+        for i, ((layout, quantized_inputs, bits, size, symmetric), names) in enumerate(kinds.items())
     }
     return {
         "quant_method": QUANT_METHOD,
         "version": VERSION,
-        "format": FORMAT,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(ignore),
@@ -100,16 +132,36 @@ def quantization_config(layers: Sequence[StoredLayer], ignore: Sequence[str]) ->
     }
 
 
-def _weights(bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:
+def _kinds(layers: Sequence[StoredLayer]) -> dict[tuple[str, bool, int, int, bool], list[str]]:
+    """The names of layers that are alike: by format, whether inputs are quantized, bits, group size, symmetric."""
+    sizes = group_sizes(layers)
+    kinds: dict[tuple[str, bool, int, int, bool], list[str]] = {}
+    for layer in layers:
+        grid = (integers(layer).bits, sizes[layer.name], integers(layer).symmetric)
+        kinds.setdefault((_format(layer), layer.inputs is not None, *grid), []).append(layer.name)
+    return kinds
+
+
+def _format(layer: StoredLayer) -> str:
+    """How the codes of a layer lie: a byte each where a product of bytes is meant to read them, else packed."""
+    weight = integers(layer)
+    whole = weight.bits == 8 and weight.symmetric and weight.group_size == weight.in_features
+    return WHOLE_CODES if whole and layer.inputs is not None else FORMAT
+
+
+def _arguments(
+    bits: int, symmetric: bool, strategy: str, group_size: int | None = None, dynamic: bool = False
+) -> dict[str, Any]:
+    """What the library calls QuantizationArgs, of integers."""
     return {
         "num_bits": bits,
         "type": "int",
         "symmetric": symmetric,
-        "strategy": "channel" if group_size == -1 else "group",
-        "group_size": None if group_size == -1 else group_size,
+        "strategy": strategy,
+        "group_size": group_size,
         "actorder": None,
         "block_structure": None,
-        "dynamic": False,
+        "dynamic": dynamic,
         "observer": None,
         "observer_kwargs": {},
         "scale_dtype": None,
@@ -125,8 +177,8 @@ def side_files(config: Mapping[str, Any]) -> dict[str, Any]:
 class CompressedTensorsFiles(PackedFiles):
     """The dense view of integer weights in compressed-tensors files, ours and other tools'.
 
-    Quantized activations leave no trace in it: a W8A8 checkpoint is read as its weights.
-    Raises InputError for a format, type or strategy that is not integers by group, row or tensor.
+    Raises InputError for a format, type or strategy that is not integers by group, row or tensor, and for inputs that
+    are quantized otherwise than with a scale for each token.
     """
 
     PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight")
@@ -185,6 +237,13 @@ class CompressedTensorsFiles(PackedFiles):
             raise RunError(f"{name}.{part} is {list(tensor.shape)} for {out} rows: damaged; export it again")
         return tensor.reshape(out, -1)
 
+    def input_quantizer(self, name: str) -> InputQuantizer | None:
+        """How the layer whose weight is the tensor `name` rounds what enters it."""
+        found: InputQuantizer | None = None
+        if name in self.packed:
+            found = _match(self.packed[name][0], self.targets)["inputs"]
+        return found
+
     def decode(self, layer: str) -> Tensor:
         """One layer in the model's dtype, [out, in]."""
         return decoded(self.layer(layer), self.dtype)
@@ -213,8 +272,24 @@ def _targets(settings: Mapping[str, Any], where: str) -> dict[str, dict[str, Any
                 f"{where} has {weights['num_bits']}-bit {weights['type']} weights by {weights['strategy']}: "
                 "only integers of 2 to 8 bits by group, channel or tensor are read"
             )
+        weights["inputs"] = _inputs(group.get("input_activations"), where)
         found |= dict.fromkeys(group["targets"], weights)
     return found
+
+
+def _inputs(described: Mapping[str, Any] | None, where: str) -> InputQuantizer | None:
+    """Inputs as config.json describes them, with the defaults of the library filled in."""
+    if described is None:
+        return None
+    said = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False, "strategy": "tensor", **described}
+    per_token = said["dynamic"] is True and said["strategy"] == "token"
+    if not per_token or said["type"] != "int" or not said["symmetric"] or not 2 <= said["num_bits"] <= 8:
+        way = "found at run time" if said["dynamic"] else "fixed"
+        raise InputError(
+            f"{where} has {said['num_bits']}-bit {said['type']} inputs with scales by {said['strategy']}, {way}: only "
+            "symmetric integers with a scale found for each token are read"
+        )
+    return InputQuantizer(said["num_bits"])
 
 
 def _match(layer: str, targets: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

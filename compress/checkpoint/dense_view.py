@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from compress.calib.weight_files import Entry, WeightFiles
 from compress.errors import InputError, RunError
-from compress.kernels.weights import IntWeight
+from compress.kernels.weights import PackedWeight
 
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors spells them
 ROWS = 16384  # decoded at a time
@@ -64,14 +63,12 @@ class PackedFiles(WeightFiles):
         return [name.removesuffix("." + part) for name in self.entries if name.endswith("." + part)]
 
 
-def decoded(weight: IntWeight, dtype: torch.dtype) -> Tensor:
+def decoded(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """[out, in] of a packed weight in `dtype`; in pieces, since an embedding in float32 can outweigh the model."""
-    whole = torch.empty(weight.out_features, weight.in_features, dtype=dtype)
-    for start in range(0, weight.out_features, ROWS):
+    whole = torch.empty(weight.shape, dtype=dtype)
+    for start in range(0, len(whole), ROWS):
         rows = slice(start, start + ROWS)
-        zero_point = None if weight.zero_point is None else weight.zero_point[rows]
-        piece = replace(weight, packed=weight.packed[rows], scale=weight.scale[rows], zero_point=zero_point)
-        whole[rows] = piece.dequantize()
+        whole[rows] = weight.rows(rows).dequantize()
     return whole
 
 

@@ -1,12 +1,13 @@
 """Which format a checkpoint is written in, and which reader an existing one takes.
 
 The file name is the format name: checkpoint/compressed_tensors.py is `--format compressed-tensors`. A format is a
-module with QUANT_METHOD, READER, `refusal`, `layer_tensors`, `quantization_config` and `side_files`.
+module with QUANT_METHOD, READER, `refusal`, `held`, `layer_tensors`, `quantization_config` and `side_files`; those of
+AUTO have `unread`.
 """
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -33,9 +34,12 @@ def find_format(name: str) -> ModuleType:
     return _load(name.replace("-", "_"))
 
 
-def choose_format(requested: str, layers: Sequence[StoredLayer]) -> tuple[str, str]:
+def choose_format(
+    requested: str, layers: Sequence[StoredLayer], too_large: Callable[[str], str | None] | None = None
+) -> tuple[str, str]:
     """The name of the format to write, and why that one; "dense" if no layer is quantized.
 
+    `too_large` may say why a format that could hold the layers is not to have them.
     Raises InputError if the requested format does not exist, cannot hold a layer, or has none to hold.
     """
     if requested != "auto" and (reason := find_format(requested).refusal(layers)):
@@ -48,11 +52,18 @@ def choose_format(requested: str, layers: Sequence[StoredLayer]) -> tuple[str, s
         return requested, "as asked"
     reasons: list[str] = []
     for name in AUTO:
-        reason = find_format(name).refusal(layers)
+        found = find_format(name)
+        reason = found.refusal(layers) or found.unread(layers) or (too_large(name) if too_large else None)
         if reason is None:
             return name, "; ".join(reasons) or "the most widely read format that holds every layer"
         reasons.append(reason)
     raise InputError("; ".join(reasons))
+
+
+def as_held(format_name: str, layer: StoredLayer) -> StoredLayer:
+    """A quantized layer as a format stores it: with or without the zeros of a pruned weight, say."""
+    held: StoredLayer = find_format(format_name).held(layer)
+    return held
 
 
 def open_weights(folder: Path) -> WeightFiles:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint.dense_view import PackedFiles
-from compress.checkpoint.stored import StoredLayer, exact, group_sizes, refuse
+from compress.checkpoint.stored import StoredLayer, codebooks, exact, group_sizes, integers, refuse, with_zeros
 from compress.errors import InputError, RunError
 from compress.kernels.packing import WORD, pack, unpack
 
@@ -23,21 +23,26 @@ BITS = (2, 3, 4, 8)
 
 REFUSALS = (
     (
+        lambda layer: layer.inputs is not None,
+        "gptq cannot say that what enters {name} is rounded: compressed-tensors can, at 8 bits a token, or native",
+    ),
+    (codebooks, "gptq cannot hold {name}, which has codebooks: native can"),
+    (
         lambda layer: layer.index is not None,
         "gptq cannot hold {name}, a slice of one parameter for all experts: native can",
     ),
     (lambda layer: layer.transposed, "gptq cannot hold {name}, a Conv1D layer: native can"),
     (lambda layer: layer.embedding, "gptq cannot hold {name}, an embedding: native can"),
     (
-        lambda layer: layer.packed.bits not in (4, 8),
+        lambda layer: integers(layer).bits not in (4, 8),
         "gptq is written with 4 or 8 bits, since vLLM loads no others, and {name} has neither: compressed-tensors can hold it",
     ),
     (
-        lambda layer: not layer.packed.symmetric,
+        lambda layer: not integers(layer).symmetric,
         "gptq is written symmetric, since vLLM loads nothing else, and {name} is not: compressed-tensors can hold it",
     ),
     (
-        lambda layer: bool(layer.packed.in_features % WORD or layer.packed.out_features % WORD),
+        lambda layer: bool(layer.packed.shape[1] % WORD or layer.packed.shape[0] % WORD),
         "gptq needs inputs and outputs in multiples of 32, which {name} does not have: compressed-tensors can hold it",
     ),
 )
@@ -47,9 +52,14 @@ def refusal(layers: Sequence[StoredLayer]) -> str | None:
     """One sentence on why this format cannot hold the layers, and which can; None if it does."""
     if reason := refuse(layers, REFUSALS):
         return reason
-    if len({(layer.packed.bits, size) for layer, size in zip(layers, group_sizes(layers).values(), strict=True)}) > 1:
+    if len({(integers(layer).bits, size) for layer, size in zip(layers, group_sizes(layers).values(), strict=True)}) > 1:
         return "gptq has one number of bits and one group size for all layers, and these differ: compressed-tensors can"
     return None
+
+
+def held(layer: StoredLayer) -> StoredLayer:
+    """A layer as this format stores it: with a code for every weight, pruned ones as well."""
+    return with_zeros(layer)
 
 
 def layer_tensors(layer: StoredLayer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -57,7 +67,7 @@ def layer_tensors(layer: StoredLayer, dtype: torch.dtype | None = None) -> dict[
 
     Raises RunError if the scales do not fit float16.
     """
-    weight = layer.packed
+    weight = integers(layer).to_int()
     stored_zero = 2 ** (weight.bits - 1) - ZERO_OFFSETS["gptq"]
     scales = exact(weight.scale, torch.float16, layer.name).T.contiguous()
     tensors = {
@@ -79,7 +89,7 @@ def quantization_config(layers: Sequence[StoredLayer], ignore: Sequence[str]) ->
     excepted = [name for name in ignore if name.rpartition(".")[2] != "lm_head"]
     config = {
         "quant_method": QUANT_METHOD,
-        "bits": layers[0].packed.bits,
+        "bits": integers(layers[0]).bits,
         "group_size": group_sizes(layers)[layers[0].name],
         "desc_act": False,
         "sym": True,

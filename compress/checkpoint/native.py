@@ -1,9 +1,9 @@
-"""The layout of compress itself, version 1: any layer the other formats cannot hold, and the blocks of a run.
+"""The layout of compress itself, version 2: any layer the other formats cannot hold, and the blocks of a run.
 
-A layer NAME is the tensors NAME.packed, NAME.scale and, if asymmetric, NAME.zero_point, exactly as `IntWeight` keeps
-them. A pruning mask is NAME.keep, eight weights a byte. A manifest says what the tensors cannot: bits, group size, row
-length, and which parameter a layer belongs to. It is JSON: the metadata of a block's file, `quantization_config` of a
-checkpoint.
+A layer NAME is the tensors NAME.packed, NAME.scale and so on, exactly as its `PackedWeight` keeps them. A pruning mask is
+NAME.keep, eight weights a byte; what a layer subtracts from its inputs is NAME.input_shift. A manifest (manifest.py) says
+what the tensors cannot: the memory layout, bits, group size, row length, and which parameter a layer belongs to. It is
+JSON: the metadata of a block's file, `quantization_config` of a checkpoint.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,104 +11,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from compress.checkpoint.dense_view import PackedFiles, decoded
+from compress.checkpoint.manifest import PARTS, SHIFT, Manifest, entry_of
 from compress.checkpoint.stored import StoredLayer
-from compress.errors import InputError, RunError
-from compress.kernels.packing import pack_mask, unpack_mask, words_for
-from compress.kernels.weights import IntWeight
+from compress.errors import RunError
+from compress.kernels.inputs import InputQuantizer
+from compress.kernels.packing import pack_mask, unpack_mask
 
 QUANT_METHOD = "compress"
-VERSION = 1
-PARTS = ("packed", "scale", "zero_point")
 KEEP = "keep"
-
-
-class LayerEntry(BaseModel):
-    """A layer's line in the manifest. What its name already says is left out of the JSON."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    bits: int = Field(ge=2, le=8)
-    group_size: int = Field(ge=1)
-    in_features: int = Field(ge=1)
-    symmetric: bool = True
-    param: str | None = None  # None: NAME.weight
-    index: int | None = Field(default=None, ge=0)
-    transposed: bool = False
-    embedding: bool = False
-
-    @classmethod
-    def of(cls, layer: StoredLayer) -> "LayerEntry":
-        """The line that describes `layer`."""
-        return cls(
-            **layer.packed.description(),
-            symmetric=layer.packed.symmetric,
-            param=None if layer.param == f"{layer.name}.weight" else layer.param,
-            index=layer.index,
-            transposed=layer.transposed,
-            embedding=layer.embedding,
-        )
-
-    def build(self, name: str, tensors: Mapping[str, Tensor]) -> StoredLayer:
-        """The layer from its tensors, by part. Raises RunError where they do not fit this line."""
-        groups, rest = divmod(self.in_features, self.group_size)
-        packed, scale = tensors["packed"], tensors["scale"]
-        out = packed.shape[0] if packed.dim() else 0
-        wanted: dict[str, tuple[tuple[int, int], tuple[torch.dtype, ...]]] = {
-            "packed": ((out, words_for(self.in_features, self.bits)), (torch.int32,)),
-            "scale": ((out, groups), (torch.float16, torch.bfloat16)),
-            "zero_point": ((out, groups), (torch.uint8,)),
-        }
-        for part, tensor in tensors.items():
-            shape, dtypes = wanted[part]
-            if rest or tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-                raise RunError(
-                    f"{name}.{part} is {tensor.dtype} {list(tensor.shape)}, which does not fit {self.bits} bits in "
-                    f"groups of {self.group_size} of {self.in_features} inputs: the file is damaged, restore it"
-                )
-        facts = {"bits": self.bits, "group_size": self.group_size, "in_features": self.in_features}
-        weight = IntWeight(packed, scale, tensors.get("zero_point"), **facts)
-        param = self.param or f"{name}.weight"
-        return StoredLayer(name, param, self.index, self.transposed, weight, self.embedding)
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Which tensors the layer has."""
-        return PARTS[:2] if self.symmetric else PARTS
-
-
-class Manifest(BaseModel):
-    """What the tensors of one file cannot say themselves."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    version: int = VERSION
-    layers: dict[str, LayerEntry] = {}
-    masks: dict[str, int] = {}  # layer -> how many weights a row of its mask has
-
-    @classmethod
-    def parse(cls, raw: Any, where: str) -> "Manifest":
-        """Check what a file says. Raises InputError for a newer version, RunError for anything that makes no sense."""
-        version = raw.get("version") if isinstance(raw, dict) else None
-        if isinstance(version, int) and version > VERSION:
-            raise InputError(
-                f"{where} is in version {version} of the native layout, and this compress reads {VERSION}: update compress"
-            )
-        try:
-            return cls.model_validate(raw)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(step) for step in first["loc"]) or "manifest"
-            raise RunError(
-                f"the manifest of {where} is damaged ({place}: {first['msg']}): restore this file"
-            ) from error
-
-    def dump(self) -> dict[str, Any]:
-        """As JSON-able values, without what has its default."""
-        return {"version": self.version, **self.model_dump(exclude_defaults=True, exclude={"version"})}
 
 
 @dataclass(frozen=True)
@@ -126,7 +39,7 @@ def encode(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises ValueError if two things would share a name.
     """
     tensors = dict(contents.dense)
-    layers = {layer.name: LayerEntry.of(layer) for layer in contents.layers}
+    layers = {layer.name: entry_of(layer) for layer in contents.layers}
     packed = {name: tensor for layer in contents.layers for name, tensor in layer_tensors(layer).items()}
     masks = {f"{name}.{KEEP}": pack_mask(keep) for name, keep in contents.masks.items()}
     for added in (packed, masks):
@@ -170,9 +83,21 @@ def refusal(layers: Sequence[StoredLayer]) -> str | None:
     return None
 
 
+def unread(layers: Sequence[StoredLayer]) -> str | None:
+    """None: what reads this layout reads all of it."""
+    return None
+
+
+def held(layer: StoredLayer) -> StoredLayer:
+    """A layer as this layout stores it: as it is."""
+    return layer
+
+
 def layer_tensors(layer: StoredLayer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The tensors of a layer by name; scales keep their own dtype whatever the model's `dtype` is."""
-    return {f"{layer.name}.{part}": tensor for part, tensor in layer.packed.tensors().items()}
+    shift = None if layer.inputs is None else layer.inputs.shift
+    parts = layer.packed.tensors() | ({} if shift is None else {SHIFT: shift.clone()})  # layers share it, files do not
+    return {f"{layer.name}.{part}": tensor for part, tensor in parts.items()}
 
 
 def quantization_config(layers: Sequence[StoredLayer], ignore: Sequence[str] = ()) -> dict[str, Any]:
@@ -182,7 +107,7 @@ def quantization_config(layers: Sequence[StoredLayer], ignore: Sequence[str] = (
 
 def encode_entries(layers: Sequence[StoredLayer]) -> dict[str, Any]:
     """The manifest of `layers` alone."""
-    return Manifest(layers={layer.name: LayerEntry.of(layer) for layer in layers}).dump()
+    return Manifest(layers={layer.name: entry_of(layer) for layer in layers}).dump()
 
 
 def side_files(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,7 +118,7 @@ def side_files(config: Mapping[str, Any]) -> dict[str, Any]:
 class NativeFiles(PackedFiles):
     """The dense view of a native checkpoint: slices stacked and Conv1D turned back as the model has them."""
 
-    PARTS = PARTS
+    PARTS = (*PARTS, SHIFT)
 
     def find_packed(self) -> dict[str, tuple[str, ...]]:
         """Layers by parameter, slices in order. Raises RunError if a layer's tensors or a slice are missing."""
@@ -214,6 +139,14 @@ class NativeFiles(PackedFiles):
         """One packed layer as it lies in the file."""
         entry = self.layers[name]
         return entry.build(name, {part: self.part(name, part) for part in entry.parts})
+
+    def input_quantizer(self, name: str) -> InputQuantizer | None:
+        """How the layer whose weight is the tensor `name` rounds what enters it."""
+        if name not in self.packed:
+            return None
+        layer = self.packed[name][0]
+        entry = self.layers[layer]
+        return entry.inputs(layer, self.part(layer, SHIFT) if entry.shifted_inputs else None)
 
     def decode(self, layer: str) -> Tensor:
         """One layer in the model's dtype, [out, in], or [in, out] if its parameter is so."""

@@ -18,7 +18,6 @@ from compress.checkpoint.stored import StoredLayer
 from compress.checkpoint.writer import ShardWriter
 from compress.errors import CompressError
 from compress.files import replace_file, write_json, write_text
-from compress.kernels.weights import IntWeight
 from compress.recipe import Recipe
 
 ALONG = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")  # tokenizer, generation config, licences
@@ -39,12 +38,12 @@ class Saver:
         dense = self.model.as_stored(contents.dense) if self.format is None else contents.dense
         for name, tensor in dense.items():
             self.writer.add(name, tensor)
-        for layer in contents.layers:
+        for packed in contents.layers:
             assert self.format is not None  # choose_format: dense is for runs without a packed layer
+            layer = self.format.held(packed)
             for name, tensor in self.format.layer_tensors(layer, self.model.dtype).items():
                 self.writer.add(name, tensor)
-            shape, weight = (layer.packed.out_features, layer.packed.in_features), layer.packed
-            sized = IntWeight.planned(shape, weight.bits, weight.group_size, weight.symmetric)
+            sized = layer.packed.without_values(layer.packed.shape[0], layer.packed.description())
             self.layers.append(replace(layer, packed=sized))  # config.json needs the sizes, not the values
 
     def finish_weights(self) -> int:

@@ -1,13 +1,16 @@
 """One packed layer as a checkpoint keeps it: its codes, and where they belong in the model."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from compress.errors import RunError
-from compress.kernels.weights import IntWeight
+from compress.kernels.codebook_weight import CodebookWeight
+from compress.kernels.inputs import InputQuantizer
+from compress.kernels.sparse24_weight import Sparse24IntWeight
+from compress.kernels.weights import IntWeight, PackedWeight
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,26 @@ class StoredLayer:
     param: str  # "model.layers.0.mlp.down_proj.weight", or "model.layers.0.mlp.experts.gate_up_proj"
     index: int | None  # which slice of a parameter [slices, out, in]; None: the parameter is the layer
     transposed: bool  # the parameter is [in, out], as in transformers' Conv1D
-    packed: IntWeight  # [out, in] whatever the parameter's orientation
+    packed: PackedWeight  # [out, in] whatever the parameter's orientation
     embedding: bool = False  # its rows are looked up by token: an input embedding, or a head tied to one
+    inputs: InputQuantizer | None = None  # how what enters the layer is rounded; None: not at all
+
+
+def integers(layer: StoredLayer) -> IntWeight | Sparse24IntWeight:
+    """A layer's weight where it has to be one of integers. Raises TypeError for another, which `refusal` keeps out."""
+    if not isinstance(layer.packed, IntWeight | Sparse24IntWeight):
+        raise TypeError(f"{layer.name} is a {type(layer.packed).__name__}")
+    return layer.packed
+
+
+def codebooks(layer: StoredLayer) -> bool:
+    """Whether a layer's codes are numbers of vectors, which formats of integers cannot hold."""
+    return isinstance(layer.packed, CodebookWeight)
+
+
+def with_zeros(layer: StoredLayer) -> StoredLayer:
+    """A layer as formats store it that have a code for every weight, zeros as well."""
+    return replace(layer, packed=integers(layer).to_int())
 
 
 def group_sizes(layers: Sequence[StoredLayer]) -> dict[str, int]:
@@ -28,8 +49,9 @@ def group_sizes(layers: Sequence[StoredLayer]) -> dict[str, int]:
     A group as long as the row says the same whether it is called a group or a row. It is called a group only where
     layers with longer rows have that group size too, so that the most layers share one description.
     """
-    split = {layer.packed.group_size for layer in layers if layer.packed.group_size < layer.packed.in_features}
-    return {layer.name: layer.packed.group_size if layer.packed.group_size in split else -1 for layer in layers}
+    weights = {layer.name: integers(layer) for layer in layers}
+    split = {weight.group_size for weight in weights.values() if weight.group_size < weight.in_features}
+    return {name: weight.group_size if weight.group_size in split else -1 for name, weight in weights.items()}
 
 
 def refuse(layers: Iterable[StoredLayer], reasons: Iterable[tuple[Callable[[StoredLayer], bool], str]]) -> str | None:
@@ -45,7 +67,7 @@ def refuse(layers: Iterable[StoredLayer], reasons: Iterable[tuple[Callable[[Stor
 def exact(scale: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """`scale` in another dtype. Raises RunError, naming the layer, where that would change a value."""
     stored = scale.to(dtype)
-    if not torch.equal(stored.double(), scale.double()):
+    if not scale.is_meta and not torch.equal(stored.double(), scale.double()):
         raise RunError(
             f"the scales of {name} are {scale.dtype} and do not fit {dtype}: "
             "quantize again with scales in the model's dtype, or write --format native"

@@ -1,6 +1,8 @@
 """The weight files of a checkpoint, written as the tensors come."""
 
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -12,6 +14,20 @@ INDEX = "model.safetensors.index.json"
 OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 SHARD_BYTES = 500_000_000  # what is held in memory until it is written; small, as memory is what we save
 ASIDE = "model-{:05d}.new"  # no reader takes a file of this name for weights
+
+
+def most_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """At most what tensors take in weight files: their own bytes, and their lines in the header."""
+    lines = (
+        {name: {"dtype": "BF16", "shape": list(t.shape), "data_offsets": [10**11, 10**11]}}
+        for name, t in tensors.items()
+    )
+    return sum(t.nbytes for t in tensors.values()) + sum(len(json.dumps(line, separators=(",", ":"))) for line in lines)
+
+
+def overhead_bytes(nbytes: int) -> int:
+    """At most what weight files of so many bytes have beside what `most_bytes` counts: of each, a beginning and an end."""
+    return 64 * (1 + 2 * nbytes // SHARD_BYTES)  # two shards in a row are larger than one may be
 
 
 class ShardWriter:

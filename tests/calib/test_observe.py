@@ -2,9 +2,10 @@ import pytest
 import torch
 from tiny import save_tiny
 
+from compress.calib.hidden import HiddenStates
 from compress.calib.model import Model
-from compress.calib.observe import observe, shared_inputs, stages
-from compress.calib.stats import LayerStats, inverse_factor
+from compress.calib.observe import observe, products_of, shared_inputs, stages
+from compress.calib.stats import LayerStats, inverse_factor, make_up
 from compress.calib.weight_files import WeightFiles
 from compress.errors import RunError
 
@@ -51,13 +52,60 @@ def test_sums_equal_those_of_all_inputs_at_once(llama_folder):
     assert q is k
 
 
-def test_sums_do_not_depend_on_the_order_of_sequences(llama_folder):
+def test_sums_do_not_depend_on_the_order_of_bunches_of_sequences(llama_folder, monkeypatch):
     block, hidden = block_and_hidden(llama_folder, 8)
+    monkeypatch.setattr("compress.calib.observe.TOKENS_AT_ONCE", 2 * hidden[0].shape[1])
     shared = shared_inputs(block, hidden[0])
     there = observe(block, block.layers, hidden, NEEDS, shared)
-    back = observe(block, block.layers, hidden[::-1], NEEDS, shared)
+    back = observe(block, block.layers, hidden[4:] + hidden[:4], NEEDS, shared)
     for name, stats in there.items():
         assert torch.equal(stats.hessian, back[name].hessian)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_products_are_as_exact_as_float32(dtype):
+    x = torch.randn(300, 80, generator=torch.Generator().manual_seed(0)).to(dtype).float()
+    exact = x.double().T @ x.double()
+    with products_of(dtype):
+        product = x.T @ x
+    assert (product - exact).abs().max() < 1e-6 * exact.abs().max()
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"  # left as it was
+
+
+def test_the_dense_model_goes_along(llama_folder):
+    block, hidden = block_and_hidden(llama_folder, 3)
+    shared = shared_inputs(block, hidden[0])
+    dense = HiddenStates(hidden[0], 3)
+    for index, sequence in enumerate(hidden):
+        dense[index] = sequence + 0.1 * torch.randn(sequence.shape, generator=torch.Generator().manual_seed(index))
+    before, after = [each.clone() for each in dense], [block(sequence) for sequence in dense]
+    first = observe(block, block.layers, hidden, NEEDS, shared, dense)[block.layers[0].name]
+    assert all(torch.equal(a, b) for a, b in zip(dense, after, strict=True))
+    y, x = (torch.cat([block.module.input_layernorm(each)[0] for each in which]).double() for which in (before, hidden))
+    assert torch.allclose(first.drift.double(), (y - x).T @ x, atol=1e-3)
+    assert torch.allclose(first.drift_sum.double(), (y - x).sum(0), atol=1e-4)
+
+
+def test_making_up_for_drift_comes_nearest_to_what_the_dense_inputs_gave():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(400, 24, generator=generator), torch.randn(6, 24, generator=generator)
+    y = x + 0.3 * torch.randn(400, 24, generator=generator) + 0.2 * x.roll(1, 1)
+    stats = LayerStats(400, hessian=x.T @ x, drift=(y - x).T @ x, drift_sum=(y - x).sum(0))
+    best = torch.linalg.lstsq(x, y @ weight.T).solution.T
+    assert torch.allclose(make_up(stats, weight, 1.0, damping=1e-6), best, atol=1e-3)
+    half = make_up(stats, weight, 0.5, damping=1e-6)
+    assert torch.allclose(half, (weight + best) / 2, atol=1e-3)
+    assert make_up(stats, weight, 0.0) is weight
+
+
+def test_shifts_and_scales_of_inputs_leave_drift_what_it_would_have_been():
+    generator = torch.Generator().manual_seed(0)
+    x, shift, scale = torch.randn(90, 8, generator=generator), torch.randn(8, generator=generator), torch.rand(8) + 0.5
+    y = x + 0.3 * torch.randn(90, 8, generator=generator)
+    stats = LayerStats(90, x_sum=x.sum(0), hessian=x.T @ x, drift=(y - x).T @ x, drift_sum=(y - x).sum(0))
+    seen = stats.shifted(shift).divided(scale)
+    assert torch.allclose(seen.drift, ((y - x) / scale).T @ ((x - shift) / scale), atol=1e-4)
+    assert torch.allclose(seen.drift_sum, ((y - x) / scale).sum(0), atol=1e-4)
 
 
 def test_each_expert_sees_only_its_own_tokens(tmp_path):

@@ -17,7 +17,7 @@ from compress.allocate.sensitivity import Options, trials
 from compress.calib.stats import LayerStats
 from compress.checkpoint.formats import open_weights
 from compress.errors import InputError, RunError
-from compress.measure import DenseModel, measure, pruned
+from compress.measure import DenseModel, measure, tried
 from compress.pipeline import compress, open_model
 from compress.plan import plan_layers
 from compress.progress import Reporter
@@ -40,7 +40,7 @@ def measured(folder, tmp_path, recipe):
     model = open_model(folder)
     layers = plan_layers(model, recipe)
     with contextlib.closing(RunDir(tmp_path / "run", recipe, {"model": None})) as run:
-        return measure(DenseModel(model, layers, run, QUIET), recipe, TOKENS), layers
+        return measure(DenseModel(model, layers, run, QUIET), recipe, TOKENS)["measured"], layers
 
 
 def outputs(model, tokens):
@@ -91,7 +91,7 @@ def test_distortions_are_those_of_the_pruned_model_as_a_whole(tmp_path, architec
         model = copy.deepcopy(dense)
         for name in trial.layers:
             weight = parameter(model, name)
-            plan = replace(recipe.target.layer_plan(), sparsity=trial.sparsity)
+            plan = replace(recipe.target.layer_plan(), sparsity=trial.plan.sparsity)
             weight.masked_fill_(~keep_largest(weight.abs() * scale.get(name, 1.0), plan), 0.0)
         error = (outputs(model, sample) - wanted).square().sum(-1) / wanted.square().sum(-1)
         assert distortion == pytest.approx(error.mean().item(), rel=1e-4), trial
@@ -116,7 +116,7 @@ def test_layers_are_pruned_for_the_trial_alone(tmp_path):
             before = {name: tensor.clone() for name, tensor in block.state().items()}
             layers, plan = block.layers[:3], recipe.target.layer_plan()
             stats = [LayerStats(9, x_sq=torch.ones(layer.shape[1])) for layer in layers]
-            with pytest.raises(ZeroDivisionError), pruned(layers, stats, plan, find_steps(recipe)):
+            with pytest.raises(ZeroDivisionError), tried(layers, stats, plan, find_steps(recipe)):
                 for layer in layers:
                     assert (layer.weight == 0).float().mean().item() == pytest.approx(0.5)
                 raise ZeroDivisionError
@@ -142,7 +142,8 @@ def test_outlier_ratios_are_those_of_the_whole_model(tmp_path):
 
 
 def plan_of(out):
-    return json.loads((out / "run" / "plan.json").read_text())
+    plans = json.loads((out / "run" / "plan.json").read_text())
+    return {name: plan["sparsity"] for name, plan in plans.items()}
 
 
 def by_block(plan):

@@ -8,6 +8,8 @@ import torch
 from tasks import error, random_task
 
 from compress.calib.stats import LayerStats
+from compress.errors import InputError
+from compress.kernels.weights import IntWeight
 from compress.steps import STAGES, methods, verb_of
 from compress.task import LayerPlan
 
@@ -30,6 +32,17 @@ GRIDS = [LayerPlan(wbits=b, group_size=g, symmetric=s) for b in (2, 3, 4, 8) for
 
 def apply(stage, module, task, **options):
     return getattr(module, verb_of(stage, module))(task, module.Options(**options))
+
+
+def keeps_zeros(quantizer):
+    """Whether a quantizer takes pruned weights; one that does not says so when the run is planned."""
+    module = QUANTIZERS[quantizer]
+    try:
+        if hasattr(module, "planned"):
+            module.planned((48, 64), LayerPlan(sparsity=0.5, wbits=4), module.Options())
+    except InputError:
+        return False
+    return True
 
 
 def only_needed(task, module):
@@ -137,11 +150,13 @@ def test_quantizers(name, plan):
     done = apply("quantize", module, only_needed(task, module))
     assert torch.equal(task.weight, before), "the input was changed"
     assert torch.equal(done.weight, done.packed.dequantize())
-    assert done.packed.bits == plan.wbits and done.packed.symmetric == plan.symmetric
-    assert done.packed.codes().int().max() < 2**plan.wbits
+    if isinstance(done.packed, IntWeight):
+        assert done.packed.bits == plan.wbits and done.packed.symmetric == plan.symmetric
+        assert done.packed.codes().int().max() < 2**plan.wbits
     assert torch.isfinite(done.weight).all()
     again = apply("quantize", module, only_needed(task, module))
-    assert torch.equal(again.packed.packed, done.packed.packed)
+    for part, tensor in done.packed.tensors().items():
+        assert torch.equal(again.packed.tensors()[part], tensor)
     assert error(replace(done, stats=task.stats)) <= error(apply("quantize", QUANTIZERS["rtn"], task)) + 1e-9
 
 
@@ -149,7 +164,7 @@ def test_quantizers(name, plan):
     "plan", GRIDS[::3], ids=lambda p: f"W{p.wbits}g{p.group_size}{'sym' if p.symmetric else 'asym'}"
 )
 @pytest.mark.parametrize("pattern", [None, (2, 4)])
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("quantizer", [name for name in QUANTIZERS if keeps_zeros(name)])
 @pytest.mark.parametrize("pruner", PRUNERS)
 def test_pruned_weights_stay_exactly_zero_in_packed_form(pruner, quantizer, pattern, plan):
     task = random_task(replace(plan, sparsity=0.5, pattern=pattern))
@@ -164,7 +179,8 @@ def test_pruned_weights_stay_exactly_zero_in_packed_form(pruner, quantizer, patt
     [("prune", n) for n in PRUNERS] + [("refine", n) for n in REFINERS] + [("quantize", n) for n in QUANTIZERS],
 )
 def test_an_input_channel_that_is_always_zero_breaks_nothing(stage, name):
-    task = random_task(LayerPlan(sparsity=0.5, wbits=4, group_size=32))
+    sparsity = 0.5 if stage != "quantize" or keeps_zeros(name) else 0.0
+    task = random_task(LayerPlan(sparsity=sparsity, wbits=4, group_size=32))
     alive = torch.ones(64).index_fill(0, torch.tensor([7]), 0.0)
     sums = {"x_sum": task.stats.x_sum * alive, "x_sq": task.stats.x_sq * alive}
     task = replace(task, stats=replace(task.stats, **sums, hessian=task.stats.hessian * alive * alive.unsqueeze(1)))

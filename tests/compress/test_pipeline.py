@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from compress.checkpoint.formats import open_weights
 from compress.errors import InputError, RunError
 from compress.evaluate import evaluate
 from compress.pipeline import compress, open_model
-from compress.progress import Reporter
+from compress.progress import Reporter, Stage
 from compress.recipe import read_recipe
 from compress.run_dir import Journal
 
@@ -43,7 +44,9 @@ def test_every_architecture_is_pruned_quantized_saved_and_read_again(tmp_path, t
     target = {"pattern": "2:4", "wbits": 4, "group_size": 16}
     result = run(folder, tmp_path / "out", text_file, target, pruner="wanda", quantizer="gptq")
     assert result["sparsity"] == pytest.approx(0.5)
-    assert result["layer_bits_per_weight"] == pytest.approx(5.0)  # 4 + a 16-bit scale for 16 weights
+    # 4 bits, or two codes and their places in each four, and a 16-bit scale for 16 weights.
+    wanted = pytest.approx(4.0, abs=0.1) if result["format"] == "native" else pytest.approx(5.0)  # rows end with a word
+    assert result["layer_bits_per_weight"] == wanted
     files = open_weights(tmp_path / "out")
     model = open_model(tmp_path / "out")
     checked = 0
@@ -73,6 +76,70 @@ def test_the_checkpoint_gives_the_logits_the_run_ended_with(tmp_path, llama_fold
     with torch.no_grad():
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "ct")(torch.arange(3, 30)[None], use_cache=False)
     assert torch.equal(plain.logits.to(torch.bfloat16), logits(tmp_path / "ct"))
+
+
+def test_what_is_pruned_2_of_4_is_smaller_in_the_native_format_and_decodes_to_the_same(
+    tmp_path, llama_folder, text_file
+):
+    target = {"pattern": "2:4", "wbits": 4}
+    ct, native = (
+        run(llama_folder, tmp_path / name, text_file, target, pruner="wanda", format=name)
+        for name in ("compressed-tensors", "native")
+    )
+    assert torch.equal(logits(tmp_path / "compressed-tensors"), logits(tmp_path / "native"))
+    assert (ct["layer_bits_per_weight"], native["layer_bits_per_weight"]) == (4.5, 3.5)
+    assert {line["bits"] for line in journal(tmp_path / "native") if line.get("step") == "quantize"} == {3.5}
+    assert native["compressed_bytes"] < ct["compressed_bytes"]
+
+
+def test_codebooks_go_through_the_native_format_and_back(tmp_path, llama_folder, text_file):
+    options = {"codebook": {"code_bits": 4, "vector_size": 4, "iterations": 1}}
+    more = {"quantizer": "codebook", "options": options}
+    result = run(llama_folder, tmp_path / "out", text_file, {"wbits": 2}, **more)
+    assert result["format"] == "native"
+    model, dense = open_model(tmp_path / "out"), open_model(llama_folder)
+    for block, before in zip(model.blocks(), dense.blocks(), strict=True):
+        for layer, other in zip(block.layers, before.layers, strict=True):
+            assert not torch.equal(layer.weight, other.weight)
+            assert torch.nn.functional.cosine_similarity(layer.weight.flatten(), other.weight.flatten(), dim=0) > 0.8
+    with pytest.raises(InputError, match=r"compressed-tensors cannot hold .*, which has codebooks: native can"):
+        run(llama_folder, tmp_path / "ct", text_file, {"wbits": 2}, format="compressed-tensors", **more)
+    with pytest.raises(InputError, match="codebook cannot keep pruned weights at zero"):
+        run(llama_folder, tmp_path / "pruned", text_file, {"wbits": 2, "sparsity": 0.5}, **more)
+    assert not (tmp_path / "pruned").exists()
+
+
+class Interrupting(Reporter):
+    """Stops a run after two blocks."""
+
+    @contextmanager
+    def stage(self, title, total):
+        yield _Ending(self, title, total)
+
+
+class _Ending(Stage):
+    def step(self, note=""):
+        super().step(note)
+        if (self.title, self.done) == ("block", 2):
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("target", "more"),
+    [
+        ({"pattern": "2:4", "wbits": 4}, {"pruner": "wanda"}),
+        ({"wbits": 2}, {"quantizer": "codebook", "options": {"codebook": {"code_bits": 4, "vector_size": 4}}}),
+    ],
+)
+def test_every_layout_is_replayed(tmp_path, llama_folder, text_file, target, more):
+    run(llama_folder, tmp_path / "straight", text_file, target, format="native", **more)
+    recipe = recipe_for(llama_folder, text_file, target, format="native", **more)
+    with pytest.raises(KeyboardInterrupt):
+        compress(recipe, llama_folder, tmp_path / "out", Interrupting(quiet=True))
+    compress(recipe, llama_folder, tmp_path / "out", QUIET)
+    assert [line["block"] for line in journal(tmp_path / "out") if line["event"] == "replayed"] == [0, 1]
+    straight, resumed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("straight", "out"))
+    assert straight == resumed
 
 
 def test_pruned_only_is_an_ordinary_checkpoint(tmp_path, text_file):
@@ -136,6 +203,7 @@ def test_the_journal_says_what_happened_to_every_layer(tmp_path, llama_folder, t
     run(llama_folder, tmp_path / "out", text_file, {"sparsity": 0.5, "wbits": 4})
     layers = [line for line in journal(tmp_path / "out") if line["event"] == "layer"]
     assert len(layers) == 3 * 7 * 2
+    layers.sort(key=lambda line: line["layer"])
     for pruned, quantized in zip(layers[::2], layers[1::2], strict=True):
         assert (pruned["step"], quantized["step"]) == ("prune", "quantize")
         assert 0 < pruned["error"] < 1 and pruned["error_on"] == "hessian"

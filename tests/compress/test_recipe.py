@@ -36,7 +36,7 @@ def test_flags_override_a_file_key_by_key(tmp_path):
     [
         ({"target": {"sparsity": 1.0}}, r"target\.sparsity = 1\.0: should be less than 1"),
         ({"target": {"sparsity": -0.1}}, r"target\.sparsity = -0\.1: should be greater than or equal to 0"),
-        ({"target": {"wbits": 5}}, r"target\.wbits = 5: should be 2, 3, 4, 8 or 16"),
+        ({"target": {"wbits": 7}}, r"target\.wbits = 7: should be 2, 3, 4, 5, 6, 8 or 16"),
         ({"target": {"pattern": "4:2"}}, r"target\.pattern = '4:2': should be unstructured, n:m with n kept"),
         ({"target": {"pattern": "2:4", "sparsity": 0.6}}, r"pattern 2:4 removes 0\.5 of the weights"),
         ({"target": {"pattern": "16x0", "sparsity": 0.6}}, r"target\.pattern = '16x0': should be .* such as 16x16"),

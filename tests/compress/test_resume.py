@@ -100,7 +100,9 @@ def test_a_changed_recipe_is_refused_with_its_key(folder, text_file, tmp_path, s
 
 def test_control_c_ends_with_one_line(folder, text_file, tmp_path):
     out = tmp_path / "out"
-    process = start(folder, text_file, out)
+    process = start(
+        folder, text_file, out, "--nsamples", "31", "--set", "alps.iterations=300"
+    )  # not done before the signal comes
     while not list((out / "run" / "blocks").glob("0000.json")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)

@@ -243,7 +243,7 @@ def test_speed_is_measured_beside_the_dense_model_or_the_reason_is_given(request
         ({"sparsities": ["half"]}, "--sparsity half: write numbers"),
         ({"patterns": ["16x16"]}, "wanda:target.pattern=16x16"),
         ({"patterns": ["5:7"]}, "7 does not divide"),
-        ({"wbits": ["5"]}, "target.wbits = 5"),
+        ({"wbits": ["7"]}, "target.wbits = 7"),
         ({"settings": ["wanda@owl"], "sparsities": [], "patterns": ["2:4"]}, "2:4 fixes .* leave out allocate owl"),
         ({"text": "no-such.txt"}, "no-such.txt"),
     ],
@@ -273,6 +273,18 @@ def test_targets_of_bits_alone_and_of_both(request_in, tmp_path):
         ("50% W4", 0.5, 4),
         ("2:4 W4", 0.5, 4),
     ]
+
+
+def test_budgets_are_columns_of_their_own(request_in, tmp_path):
+    runs, _ = plan_runs(request_in(tmp_path, ["wanda+rtn"], ["0.5"], wbits=["4"], budgets=("3bits,0.25x",)))
+    assert [(run.target, run.recipe.target.wbits, run.recipe.target.budget) for run in runs[1:]] == [
+        *(("3bits", 16, "3bits"), ("0.25x", 16, "0.25x"))
+    ]
+    with pytest.raises(InputError, match=r"setting rtn at 3bits: it names no pruner to come to that with"):
+        plan_runs(request_in(tmp_path, ["rtn"], [], budgets=("3bits",)))
+    alone = plan_runs(request_in(tmp_path, ["rtn:budget.choices=['2g64', '4g64']"], [], budgets=("3bits",)))[0]
+    assert [run.recipe.steps for run in alone] == [[("quantize", "rtn")]]
+    assert alone[0].description()["budget"] == "3bits"
 
 
 def test_a_setting_may_say_itself_what_to_come_to(request_in, tmp_path):

@@ -27,18 +27,18 @@ def test_dynamic_programming_equals_trying_everything(seed):
 
 def test_each_group_is_tried_at_each_candidate_around_the_target():
     asked = trials(layer_sizes(2), LayerPlan(sparsity=0.8), Options())
-    assert [trial.sparsity for trial in asked[:5]] == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9])
-    assert asked[5].sparsity == pytest.approx(0.95)  # 1.0 and 1.1 are out of bounds
+    assert [trial.plan.sparsity for trial in asked[:5]] == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9])
+    assert asked[5].plan.sparsity == pytest.approx(0.95)  # 1.0 and 1.1 are out of bounds
     assert [trial.layers for trial in asked[::6]] == [(layer.name,) for layer in layer_sizes(2)]
     whole = trials(layer_sizes(2), LayerPlan(sparsity=0.8), Options(group="block", reach=0))
-    assert [(t.block, len(t.layers), t.sparsity) for t in whole] == [(0, 2, 0.8), (1, 2, 0.8)]
-    assert all(t.sparsity > 0 for t in trials(layer_sizes(2), LayerPlan(sparsity=0.1), Options()))
+    assert [(t.block, len(t.layers), t.plan.sparsity) for t in whole] == [(0, 2, 0.8), (1, 2, 0.8)]
+    assert all(t.plan.sparsity > 0 for t in trials(layer_sizes(2), LayerPlan(sparsity=0.1), Options()))
 
 
 def costs(layers, target, options, weight_of):
     """Distortions that grow with the square of the sparsity, `weight_of` a trial's block times."""
     asked = trials(layers, target, options)
-    return torch.tensor([weight_of(t) * t.sparsity**2 for t in asked], dtype=torch.float64)
+    return torch.tensor([weight_of(t) * t.plan.sparsity**2 for t in asked], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.7])
@@ -63,6 +63,6 @@ def test_what_the_plan_costs_is_no_more_than_uniform_would():
         random = np.random.default_rng(seed)
         measured = torch.tensor(random.random((8, 7))).cumsum(1).flatten()
         plans = allocate_layers(layers, measured, target, options)
-        cost = {(t.layers[0], round(t.sparsity, 6)): m for t, m in zip(asked, measured.tolist(), strict=True)}
+        cost = {(t.layers[0], round(t.plan.sparsity, 6)): m for t, m in zip(asked, measured.tolist(), strict=True)}
         chosen = {n: min((s for m, s in cost if m == n), key=lambda s: abs(s - p.sparsity)) for n, p in plans.items()}
         assert sum(cost[item] for item in chosen.items()) <= sum(cost[n, 0.5] for n in plans) + 1e-9

@@ -1,9 +1,12 @@
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import save_tiny
 
 from compress.checkpoint.compressed_tensors import (
     CompressedTensorsFiles,
@@ -12,6 +15,10 @@ from compress.checkpoint.compressed_tensors import (
     refusal,
 )
 from compress.errors import InputError, RunError
+from compress.kernels.inputs import InputQuantizer
+from compress.pipeline import compress, open_model
+from compress.progress import Reporter
+from compress.recipe import read_recipe
 
 
 def _scheme(layer):
@@ -287,3 +294,80 @@ def test_transformers_runs_our_checkpoint_as_the_dense_one(tmp_path, make_layer,
     files = CompressedTensorsFiles(ours)
     assert sorted(files.names()) == sorted(decoded)
     assert all(torch.equal(files.read(name), tensor) for name, tensor in decoded.items())
+
+
+TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+
+
+def _with_inputs(described, inputs):
+    described["config_groups"]["group_0"]["input_activations"] = inputs
+    return described
+
+
+def test_codes_of_eight_bits_by_channel_lie_unpacked_where_inputs_are_quantized_too(make_layer):
+    layer = replace(make_layer(bits=8, group_size=64), inputs=InputQuantizer(8))
+    scheme, compressor = _scheme(layer)
+    tensors = _local(layer, torch.float16)
+    assert scheme.format == "int-quantized" and sorted(tensors) == ["weight", "weight_scale"]
+    assert tensors["weight"].dtype == torch.int8 and tensors["weight_scale"].shape == (32, 1)
+    decoded = compressor.decompress(tensors, scheme)["weight"]
+    assert torch.equal(decoded, layer.packed.dequantize().half())
+    inputs = scheme.input_activations
+    assert (inputs.num_bits, inputs.dynamic, inputs.strategy, inputs.symmetric) == (8, True, "token", True)
+
+
+@pytest.mark.parametrize("facts", [{"bits": 4}, {"bits": 8}, {"bits": 8, "group_size": 64}])
+def test_inputs_rounded_by_token_are_read_back(tmp_path, make_layer, make_checkpoint, facts):
+    layer = replace(make_layer("a", **facts), inputs=InputQuantizer(8))
+    assert refusal([layer]) is None
+    tensors = layer_tensors(layer, torch.float16) | {"norm.weight": torch.ones(3)}
+    files = CompressedTensorsFiles(make_checkpoint(tmp_path, tensors, quantization_config([layer], [])))
+    assert files.input_quantizer("a.weight") == InputQuantizer(8)
+    assert files.input_quantizer("norm.weight") is None
+    assert torch.equal(files.read("a.weight"), layer.packed.dequantize().half())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "complaint"),
+    [
+        (InputQuantizer(8, static=True), "whose norm emits integer codes.*: native can"),
+        (InputQuantizer(6), "inputs of 8 bits or of 16, and those of a have neither: native can"),
+    ],
+)
+def test_inputs_that_readers_would_take_for_others_are_refused(make_layer, inputs, complaint):
+    assert re.search(complaint, refusal([replace(make_layer("a"), inputs=inputs)]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"dynamic": False, "strategy": "tensor"}, "8-bit int inputs with scales by tensor, fixed: only symmetric"),
+        ({"type": "float"}, "8-bit float inputs with scales by token, found at run time: only symmetric"),
+        ({"symmetric": False}, "only symmetric integers with a scale found for each token are read"),
+    ],
+)
+def test_inputs_quantized_otherwise_are_refused(tmp_path, make_layer, make_checkpoint, changes, complaint):
+    described = _with_inputs(_settings(group_size=32), TOKEN | changes)
+    with pytest.raises(InputError, match=complaint):
+        CompressedTensorsFiles(make_checkpoint(tmp_path, layer_tensors(make_layer("a"), torch.float16), described))
+
+
+@pytest.mark.parametrize("kind", ["W8A8", "W4A8"])
+def test_transformers_runs_quantized_inputs_as_we_do(tmp_path, text_file, kind):
+    """To rounding: its scale of a token is 1/127.5 of the largest value, in the model's dtype, and ours 1/127."""
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM
+
+    target = {"wbits": 8, "abits": 8} if kind == "W8A8" else {"wbits": 4, "abits": 8, "group_size": 32}
+    folder, tokens = save_tiny(tmp_path / "dense"), torch.arange(3, 30)
+    calib = {"source": str(text_file), "nsamples": 4, "seqlen": 32}
+    recipe = read_recipe(None, {"model": str(folder), "calib": calib, "target": target})
+    compress(recipe, folder, tmp_path / "out", Reporter(quiet=True))
+    model = open_model(tmp_path / "out")
+    hidden = model.embed(tokens)
+    for block in model.blocks():
+        hidden = block(hidden)
+    ours = model.logits(hidden)
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens[None], use_cache=False).logits
+    assert (theirs - ours).norm() < 0.02 * ours.norm()

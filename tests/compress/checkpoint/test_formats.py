@@ -32,6 +32,11 @@ def test_every_format_has_the_same_functions():
 
 def test_auto_takes_the_first_format_that_holds_everything(make_layer):
     assert choose_format("auto", [make_layer("a", bits=3, symmetric=False)])[0] == "compressed-tensors"
+    kinds = [make_layer("a", bits=3, symmetric=False), make_layer("b", bits=4)]
+    name, reason = choose_format("auto", kinds)
+    assert name == "native" and "transformers cannot load asymmetric ones" in reason
+    assert choose_format("compressed-tensors", kinds)[0] == "compressed-tensors", "if asked for"
+    assert choose_format("auto", kinds[1:], lambda name: None if name == "native" else "too large")[0] == "native"
     name, reason = choose_format("auto", [make_layer("a"), make_layer("e.0", param="e", index=0)])
     assert name == "native" and "e.0, a slice of one parameter" in reason
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from compress.checkpoint.native import (
     refusal,
 )
 from compress.errors import InputError, RunError
+from compress.kernels.inputs import InputQuantizer
 
 
 @settings(max_examples=60)
@@ -60,7 +62,7 @@ def test_the_tensors_and_the_manifest_are_those_documented(make_layer):
     ]  # fmt: skip
     assert tensors["m.up.keep"].tolist() == [[1, 1]]
     assert manifest == {
-        "version": 1,
+        "version": 2,
         "layers": {
             "m.up": {"bits": 3, "group_size": 32, "in_features": 64, "symmetric": False},
             "m.down": {"bits": 4, "group_size": 32, "in_features": 32},
@@ -79,9 +81,9 @@ def test_two_things_of_one_name_are_refused(make_layer):
 def test_a_newer_version_asks_for_an_update(make_layer):
     tensors, manifest = encode(Contents([make_layer("a")]))
     with pytest.raises(
-        InputError, match="block 7 is in version 2 of the native layout, and this compress reads 1: update"
+        InputError, match="block 7 is in version 3 of the native layout, and this compress reads 2: update"
     ):
-        decode(tensors, manifest | {"version": 2, "new": 1}, "block 7")
+        decode(tensors, manifest | {"version": 3, "new": 1}, "block 7")
 
 
 def _with(**changes):
@@ -92,14 +94,20 @@ def _with(**changes):
     ("damage", "complaint"),
     [
         (lambda tensors, manifest: manifest.pop("layers") and manifest.update(layers=[]), "manifest of b .*layers"),
-        (_with(bits=9), r"damaged \(layers\.a\.bits"),
-        (_with(bits="4"), r"damaged \(layers\.a\.bits"),
-        (_with(group_size=0), r"damaged \(layers\.a\.group_size"),
-        (_with(colour="red"), r"damaged \(layers\.a\.colour"),
-        (_with(bits=8), r"a\.packed is torch.int32 \[32, 8\], which does not fit 8 bits in groups of 32 of 64 inputs"),
+        (_with(bits=9), r"damaged \(layers\.a\.int\.bits"),
+        (_with(bits="4"), r"damaged \(layers\.a\.int\.bits"),
+        (_with(group_size=0), r"damaged \(layers\.a\.int\.group_size"),
+        (_with(colour="red"), r"damaged \(layers\.a\.int\.colour"),
+        (
+            _with(bits=8),
+            r"a\.packed is torch.int32 \[32, 8\], which does not fit in_features 64, bits 8, group_size 32, symm",
+        ),
         (_with(group_size=16), r"a\.scale is"),
-        (_with(group_size=30), "groups of 30 of 64"),  # two whole groups, as there are scales, and a rest
+        (_with(group_size=30), "group_size 30, "),  # two whole groups, as there are scales, and a rest
         (_with(in_features=96), r"a\.packed is"),
+        (_with(layout="float"), r"damaged \(layers\.a: .*float"),
+        (_with(layout="int-2:4"), r"b lacks the tensor a\.places"),
+        (_with(layout="codebook"), r"damaged \(layers\.a\.codebook\.n_codebooks"),
         (_with(symmetric=False), r"b lacks the tensor a\.zero_point"),
         (lambda tensors, manifest: tensors.pop("a.packed"), r"b lacks the tensor a\.packed"),
         (
@@ -120,6 +128,45 @@ def test_damage_is_one_line_that_names_it(make_layer, damage, complaint):
     with pytest.raises(RunError, match=complaint) as raised:
         decode(tensors, manifest, "b")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("layout", ["int-2:4", "codebook"])
+def test_other_layouts_are_encoded_decoded_and_read(tmp_path, make_other, make_checkpoint, layout):
+    layer = make_other("h.0.q", layout)
+    tensors, manifest = encode(Contents([layer]))
+    assert manifest["version"] == 2 and manifest["layers"]["h.0.q"]["layout"] == layout
+    (back,) = decode(tensors, json.loads(json.dumps(manifest))).layers
+    assert type(back.packed) is type(layer.packed) and back.packed.description() == layer.packed.description()
+    assert torch.equal(back.packed.dequantize(), layer.packed.dequantize())
+    settings = quantization_config([layer])
+    files = NativeFiles(make_checkpoint(tmp_path, layer_tensors(layer), settings, dtype="float32"))
+    assert list(files.names()) == ["h.0.q.weight"]
+    assert torch.equal(files.read("h.0.q.weight"), layer.packed.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("layout", "damage", "complaint"),
+    [
+        ("int-2:4", {"in_features": 62}, r"damaged \(layers\.a\.int-2:4\.in_features"),
+        ("int-2:4", {"bits": 8}, r"a\.packed is torch.int32 .* does not fit in_features 64, bits 8"),
+        ("int-2:4", {"layout": "int"}, r"damaged \(layers\.a\.int\.layout"),
+        ("codebook", {"code_bits": 17}, r"damaged \(layers\.a\.codebook\.code_bits"),
+        ("codebook", {"code_bits": 5}, r"a\.codebooks is .* n_codebooks 2, code_bits 5, vector_size 8"),
+        ("codebook", {"vector_size": 4}, r"a\.packed is"),
+        ("codebook", {"vector_size": 7}, "vector_size 7"),
+    ],
+)
+def test_damage_to_other_layouts_is_one_line_that_names_it(make_other, layout, damage, complaint):
+    tensors, manifest = encode(Contents([make_other("a", layout)]))
+    manifest["layers"]["a"] |= damage
+    with pytest.raises(RunError, match=complaint):
+        decode(tensors, manifest, "b")
+
+
+def test_files_of_version_1_read_on(make_layer):
+    tensors, manifest = encode(Contents([make_layer("a", symmetric=False)]))
+    (back,) = decode(tensors, manifest | {"version": 1}).layers
+    assert torch.equal(back.packed.dequantize(), make_layer("a", symmetric=False).packed.dequantize())
 
 
 @pytest.mark.parametrize("manifest", [None, [], {"layers": 3}, "text"])
@@ -171,3 +218,26 @@ def test_slices_of_unlike_shape_are_damage(tmp_path, make_layer, make_checkpoint
 def test_nothing_is_refused(make_layer):
     odd = make_layer("e.0", param="e", index=0, transposed=True, embedding=True, bits=3, shape=(32, 33), group_size=11)
     assert refusal([odd]) is None
+
+
+@pytest.mark.parametrize(
+    "inputs", [InputQuantizer(6), InputQuantizer(8, True), InputQuantizer(8, True, torch.ones(64))]
+)
+def test_how_inputs_are_rounded_is_kept_in_runs_and_in_checkpoints(tmp_path, make_layer, make_checkpoint, inputs):
+    layer, shift = replace(make_layer("a"), inputs=inputs), inputs.shift
+    tensors, manifest = encode(Contents([layer], {"norm.weight": torch.ones(3)}))
+    (back,) = decode(tensors, json.loads(json.dumps(manifest))).layers
+    files = NativeFiles(make_checkpoint(tmp_path, tensors, quantization_config([layer])))
+    assert files.input_quantizer("norm.weight") is None and list(files.names()) == ["norm.weight", "a.weight"]
+    for found in (back.inputs, files.input_quantizer("a.weight")):
+        assert (found.bits, found.static) == (inputs.bits, inputs.static)
+        assert found.shift is None if shift is None else torch.equal(found.shift, shift)
+
+
+def test_layers_that_share_a_shift_have_a_tensor_each_and_one_of_another_length_is_damage(make_layer):
+    inputs = InputQuantizer(8, True, torch.ones(64))
+    tensors, manifest = encode(Contents([replace(make_layer(name), inputs=inputs) for name in "ab"]))
+    assert tensors["a.input_shift"].data_ptr() != tensors["b.input_shift"].data_ptr()
+    tensors["a.input_shift"] = torch.ones(63)
+    with pytest.raises(RunError, match=r"a\.input_shift is torch.float32 \[63\], which does not fit 64 inputs"):
+        decode(tensors, manifest)

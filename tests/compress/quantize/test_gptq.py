@@ -6,11 +6,15 @@ from tasks import error, random_task
 
 from compress.calib.stats import LayerStats
 from compress.kernels.weights import Grid
+from compress.prune import magnitude, sparsegpt
 from compress.quantize import rtn
 from compress.quantize.gptq import Options, quantize_layer
+from compress.recipe import read_recipe
+from compress.solve import run_step
+from compress.steps import find_steps
 from compress.task import LayerPlan
 
-PLAIN = Options(act_order=False, shrink_steps=0)
+PLAIN = Options(act_order=False, shrink_steps=0, passes=0)  # the paper, nothing else
 
 
 def one_column_at_a_time(task, damping=0.01):
@@ -64,6 +68,47 @@ def test_errors_flow_around_pruned_weights():
 def test_groups_stay_where_they_are_under_activation_order():
     """Static groups: a checkpoint needs no permutation, since column i always has the scale of group i // group_size."""
     task = random_task(LayerPlan(wbits=4, group_size=32))
-    ordered, plain = (quantize_layer(task, Options(act_order=on, shrink_steps=0)).packed for on in (True, False))
+    ordered, plain = (
+        quantize_layer(task, Options(act_order=on, shrink_steps=0, passes=0)).packed for on in (True, False)
+    )
     assert torch.equal(ordered.scale, plain.scale)
     assert not torch.equal(ordered.packed, plain.packed)
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+def test_as_its_own_pruner_it_chooses_masks_in_the_sweep(pattern):
+    """With so many bits that rounding hardly matters the mask is SparseGPT's; with few it is chosen after rounding errors."""
+    fine, coarse = (random_task(LayerPlan(sparsity=0.5, pattern=pattern, wbits=bits, group_size=32)) for bits in (8, 2))
+    keep = sparsegpt.prune_layer(fine, sparsegpt.Options(block_size=16)).keep
+    options = Options(act_order=False, block_size=16)
+    joint = quantize_layer(fine, options)
+    assert (joint.keep == keep).float().mean() > 0.97
+    assert joint.keep.float().mean() == 0.5
+    assert not joint.weight[~joint.keep].any()
+    assert (quantize_layer(coarse, options).keep != keep).float().mean() > 0.05
+
+
+def test_one_sweep_for_both_costs_little():
+    task = random_task(LayerPlan(sparsity=0.5, pattern=(2, 4), wbits=3, group_size=32))
+    options = Options(act_order=False, passes=0)
+    before = quantize_layer(sparsegpt.prune_layer(task, sparsegpt.Options()), options)
+    assert error(quantize_layer(task, options)) < 1.1 * error(before)
+
+
+def test_after_a_pruner_it_aims_at_the_weights_as_they_came():
+    """Magnitude pruning leaves kept weights as they were; the descent makes up for those that went."""
+    task = magnitude.prune_layer(random_task(LayerPlan(sparsity=0.5, wbits=4, group_size=32)), magnitude.Options())
+    assert error(quantize_layer(task, Options(passes=8))) < 0.7 * error(task)
+
+
+def test_layers_of_one_input_are_solved_as_one(monkeypatch):
+    """Stacked, cut into chunks and taken apart again, layers get the codes they would have got alone."""
+    monkeypatch.setattr("compress.solve.WEIGHTS_AT_ONCE", 64 * 20)
+    step = find_steps(read_recipe(None, {"model": "m", "target": {"wbits": 4}}))[0]
+    tasks = [random_task(LayerPlan(wbits=4, group_size=32), out=out, seed=0) for out in (48, 6, 31)]
+    tasks = [replace(task, name=f"layer {len(task.weight)}", stats=tasks[0].stats) for task in tasks]
+    for together, task in zip(run_step(step, tasks), tasks, strict=True):
+        alone = step.run(task)
+        assert together.name == task.name and together.packed.shape == tuple(task.weight.shape)
+        assert (together.packed.codes() == alone.packed.codes()).float().mean() > 0.99
+        assert torch.equal(together.weight, together.packed.dequantize())

@@ -1,0 +1,134 @@
+"""Take the layers that read one input through every step, with a line in the journal for each."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from compress.activations import Prepared
+from compress.calib.layers import Layer
+from compress.calib.stats import LayerStats, make_up
+from compress.checkpoint.formats import as_held
+from compress.errors import RunError
+from compress.steps import Step
+from compress.task import LayerTask, split, stacked
+from compress.work import Finished, Work, stored_layer
+
+WEIGHTS_AT_ONCE = 2**22  # of a step that treats each row alone: more would leave the cache, and take memory
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer, and what is known of its input."""
+
+    layer: Layer
+    stats: LayerStats
+    prepared: Prepared | None  # None: the input stays as it is
+
+
+def compress_layers(work: Work, readers: Sequence[Reader]) -> list[Finished]:
+    """Take layers that read one input through every step and install what comes out."""
+    tasks = [_task(work, reader) for reader in readers]
+    energies = [task.stats.output_energy(task.original) for task in tasks]
+    errors = [0.0] * len(tasks)
+    for step in work.of_layers:
+        at = [index for index, task in enumerate(tasks) if step.applies(task.plan)]
+        noted = [len(tasks[index].notes) for index in at]
+        started = time.monotonic()
+        done = run_step(step, [tasks[index] for index in at])
+        seconds = time.monotonic() - started
+        n_weights = sum(task.weight.numel() for task in done)
+        for index, task, before in zip(at, done, noted, strict=True):
+            tasks[index] = task
+            errors[index] = _error(task, energies[index])
+            if not torch.isfinite(task.weight).all():
+                raise RunError(
+                    f"{step.name} made NaN or infinity of {task.name}: use more calibration samples or damping"
+                )
+            work.run.journal.write(
+                event="layer", layer=task.name, step=step.stage, method=step.name,
+                seconds=round(seconds * task.weight.numel() / n_weights, 4), error=errors[index],
+                error_on=task.stats.measured_on, density=_density(task), bits=_bits(work, task, readers[index].layer),
+                notes=task.notes[before:],
+            )  # fmt: skip
+    return [_install(work, *each) for each in zip(readers, tasks, errors, strict=True)]
+
+
+def run_step(step: Step, tasks: Sequence[LayerTask]) -> list[LayerTask]:
+    """One step on layers that read one input. Rows that a step treats alone are solved together, a chunk at a time."""
+    if not step.rows_alone:
+        return [step.run(task) for task in tasks]
+    done: list[LayerTask] = []
+    for _, alike in groupby(tasks, key=lambda task: (task.plan, task.keep is None)):
+        several = list(alike)
+        if several[0].keep is None and several[0].plan.sparsity:  # a mask still to be chosen compares rows
+            done += [step.run(task) for task in several]
+            continue
+        pieces = [step.run(stacked(chunk)) for chunk in _chunks(several)]
+        done += split(pieces, several)
+    return done
+
+
+def _chunks(tasks: Sequence[LayerTask]) -> Iterator[list[LayerTask]]:
+    """Rows of the tasks, in order, in lists of at most `WEIGHTS_AT_ONCE` weights."""
+    rows = max(1, WEIGHTS_AT_ONCE // tasks[0].weight.shape[1])
+    chunk: list[LayerTask] = []
+    room = rows
+    for task in tasks:
+        start, total = 0, len(task.weight)
+        while start < total:
+            stop = min(total, start + room)
+            chunk.append(task.rows(slice(start, stop)))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield chunk
+                chunk, room = [], rows
+    if chunk:
+        yield chunk
+
+
+def _task(work: Work, reader: Reader) -> LayerTask:
+    """The layer as it comes, checked."""
+    layer, stats, prepared = reader.layer, reader.stats, reader.prepared
+    weight = layer.weight.float().contiguous()
+    if not torch.isfinite(weight).all():
+        range_ = ", or its weights do not fit float16: use --dtype bfloat16" * (work.model.dtype == torch.float16)
+        raise RunError(f"{layer.name} holds NaN or infinity as it came: the model's files are damaged{range_}")
+    if not stats.finite:
+        raise RunError(
+            f"the inputs of {layer.name} hold NaN or infinity: weights before it are damaged, or too large for "
+            f"{str(work.model.dtype).removeprefix('torch.')} (--dtype float32)"
+        )
+    weight = make_up(stats, weight if prepared is None else prepared.folded(weight), work.drift)
+    task = LayerTask(layer.name, weight, weight, stats, work.plans[layer.name].plan, work.model.dtype)
+    if work.needs and not stats.n_tokens:
+        task = task.noted(
+            "no calibration token reached this layer, so its inputs count as white noise: use more samples"
+        )
+    return task
+
+
+def _install(work: Work, reader: Reader, task: LayerTask, error: float) -> Finished:
+    layer = reader.layer
+    layer.install(task.weight)
+    inputs = None if reader.prepared is None or task.packed is None else reader.prepared.quantizer
+    layer.quantize_inputs(inputs)
+    return Finished(layer, task.packed, task.keep, _bits(work, task, layer), error, inputs)
+
+
+def _error(task: LayerTask, energy: float) -> float:
+    return task.stats.output_energy(task.weight - task.original) / energy if energy else 0.0
+
+
+def _density(task: LayerTask) -> float:
+    return 1.0 if task.keep is None else task.keep.float().mean().item()
+
+
+def _bits(work: Work, task: LayerTask, layer: Layer) -> float:
+    """Bits a weight takes in the checkpoint, scales and zero points counted."""
+    if task.packed is None:
+        return layer.stored.element_size() * 8.0
+    return as_held(work.format_name, stored_layer(layer, task.packed)).packed.nbytes * 8 / task.weight.numel()

@@ -1,0 +1,1 @@
+"""Products of integer inputs and integer weights."""
