@@ -238,14 +238,13 @@ class Model:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The folder's tokenizer."""
-        if not hasattr(self, "_tokenizer"):
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
-            except Exception as error:  # a damaged file meets whatever the tokenizer's class does with it first
-                reason = f"its tokenizer does not load ({first_line(error)})"
-                raise InputError(f"{self.folder}: {reason}: restore it") from error
-        return self._tokenizer
+        """The folder's tokenizer, loaded anew: one of 262,144 words takes as much memory as many a block, so none is kept."""
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder)
+        except Exception as error:  # a damaged file meets whatever the tokenizer's class does with it first
+            reason = f"its tokenizer does not load ({first_line(error)})"
+            raise InputError(f"{self.folder}: {reason}: restore it") from error
+        return tokenizer
 
     def linear_names(self) -> list[str]:
         """Names of all nn.Linear modules of the model, in and outside the blocks."""

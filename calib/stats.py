@@ -130,8 +130,16 @@ def make_up(stats: LayerStats, weight: Tensor, share: float, damping: float = 0.
     """
     if not share or stats.drift is None:
         return weight
-    factor, _ = inverse_factor(stats, damping)
-    return weight + share * (weight @ stats.drift @ factor.T) @ factor
+    order = falling(stats)  # as GPTQ takes it, so that one factor serves both
+    factor, _ = inverse_factor(stats, damping, order)
+    product = (weight @ stats.drift)[:, order]
+    return weight.index_add(1, order, (product @ factor.T) @ factor, alpha=share)
+
+
+def falling(stats: LayerStats) -> Tensor:
+    """The inputs by falling diagonal of the Hessian, [in] int64."""
+    assert stats.hessian is not None  # the method's NEEDS asks for it
+    return stats.hessian.diagonal().argsort(descending=True, stable=True)
 
 
 def damped_hessian(stats: LayerStats, damping: float) -> Tensor:

@@ -3,7 +3,7 @@
 Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, arXiv:2210.17323,
 algorithm 1. Columns are taken by falling Hessian diagonal while groups stay where they are (static groups), so that no
 checkpoint needs a permutation. Then `passes` of coordinate descent revise scales and codes (quantize/descent.py), which
-the paper does not: at 3 bits it takes off a third of the error. Needs the Hessian of each input; costs a Cholesky
+the paper does not (QUANTIZATION.md has what it is worth). Needs the Hessian of each input; costs a Cholesky
 factorization per distinct input, a rank-one update per column and pass, and a product of the weight with an [in, in]
 matrix for each pass.
 
@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.calib.stats import damped_hessian, inverse_factor
+from compress.calib.stats import damped_hessian, falling, inverse_factor
 from compress.kernels.weights import Grid
 from compress.options import MethodOptions
 from compress.quantize.descent import Columns, descend
@@ -47,7 +47,7 @@ def quantize_layer(task: LayerTask, options: Options) -> LayerTask:
 
     joint = task.keep is None and plan.sparsity > 0
     in_order = not options.act_order or (joint and plan.pattern is not None)  # whose groups are neighbours
-    order = None if in_order else hessian.diagonal().argsort(descending=True, stable=True)
+    order = None if in_order else falling(task.stats)
     factor, damping = inverse_factor(task.stats, options.damping, order)
     if damping != options.damping:
         task = task.noted(f"gptq: damping raised from {options.damping:g} to {damping:g} to factorize the Hessian")

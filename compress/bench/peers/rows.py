@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from compress.errors import InputError
+from compress.recipe import merged
 
 TORCH = "torch==2.13.0"
 READERS = "readers"  # what asks for checkpoints to be read by others
@@ -55,11 +56,14 @@ WEIGHTS = ("W4 g128", "W3 g128", "W2 g64")
 SPARSE = ("W4 + 2:4", "W4 + 50 %")
 INPUTS = ("W8A8", "W6A6")
 SYMMETRIC, ASYMMETRIC = {"symmetric": True}, {"symmetric": False}
-# auto-round's own light recipe: its default of 200 iterations takes 20 minutes on two cores
+# The settings of auto-round's light recipe; its default is 200 iterations
 LIGHT = {"iters": 50, "lr": 5e-3}
 
 METHODS: tuple[tuple[str, str, dict[str, Any], tuple[str, ...]], ...] = (  # peer, method, its settings, columns
     (OURS, "default", {}, tuple(COLUMNS)),
+    (OURS, "asymmetric", {"target": ASYMMETRIC}, ("W4 g128",)),
+    (OURS, "the sweep alone", {"drift": 0.0, "options": {"gptq": {"passes": 0}}}, ("W4 g128",)),
+    (OURS, "codebook", {"quantizer": "codebook"}, ("W2 g64",)),
     ("llm-compressor", "rtn", ASYMMETRIC, WEIGHTS),
     ("llm-compressor", "rtn, per token", SYMMETRIC, INPUTS),
     ("llm-compressor", "gptq", SYMMETRIC, WEIGHTS),
@@ -109,13 +113,13 @@ def chosen_rows(only: list[str]) -> list[Row]:
     columns = [name for name in COLUMNS if name in only] or list(COLUMNS)
     dense = [Row(DENSE, peers[name], "", {}) for name in those]
     return dense + [
-        Row(column, peers[name], method, _setting(name, method, COLUMNS[column] | settings))
+        Row(column, peers[name], method, _setting(name, method, COLUMNS[column], settings))
         for column in columns
         for name, method, settings, able in METHODS
         if name in those and column in able
     ]
 
 
-def _setting(peer: str, method: str, values: dict[str, Any]) -> dict[str, Any]:
+def _setting(peer: str, method: str, column: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """What a script is asked for: a recipe's values by ours, one flat table by the others."""
-    return {"target": values} if peer == OURS else {**values, "method": method}
+    return merged({"target": column}, settings) if peer == OURS else {**column, **settings, "method": method}
