@@ -68,7 +68,8 @@ def run(
     train: Annotated[str | None, typer.Option(help="Text that methods which train learn from, such as atp.")] = None,
     wbits: Annotated[int | None, typer.Option(help="Bits a weight: 2, 3, 4, 5, 6 or 8.")] = None,
     abits: Annotated[
-        int | None, typer.Option(help="Bits of what enters quantized layers: 4, 6 or 8.", show_default="16: as it comes")
+        int | None,
+        typer.Option(help="Bits of what enters quantized layers: 4, 6 or 8.", show_default="16: as it comes"),
     ] = None,
     activations: Annotated[
         str | None,
@@ -105,9 +106,7 @@ def run(
     ] = None,
     drift: Annotated[
         float | None,
-        typer.Option(
-            help="Share of the drift of earlier layers that each makes up for, 0 to 1.", show_default="0.25"
-        ),
+        typer.Option(help="Share of the drift of earlier layers that each makes up for, 0 to 1.", show_default="0.25"),
     ] = None,
     sequential: Annotated[
         bool | None,

@@ -10,7 +10,12 @@ from compress.recipe import Recipe, merged
 from compress.steps import STAGES, methods
 
 GRAMMAR = "PRUNER[+REFINE][+QUANTIZER][+ACTIVATIONS][@ALLOCATE][:KEY=VALUE,...]"
-FIELD = {"prune": "pruner", "refine": "refine", "quantize": "quantizer", "activations": "activations"}  # where a recipe names a stage's method
+FIELD = {
+    "prune": "pruner",
+    "refine": "refine",
+    "quantize": "quantizer",
+    "activations": "activations",
+}  # where a recipe names a stage's method
 THE_SAME = ("model", "revision")  # in every run of a sweep
 CLOSING = {"[": "]", "{": "}", '"': '"', "'": "'"}
 

@@ -35,7 +35,9 @@ class Step:
     options: MethodOptions
     run: Callable[[Any], Any]  # a LayerTask to the next one; in the stage "activations" an InputTask
     flops: Callable[[int, int], float]  # of a layer [out, in], beyond the column sweep of a method that reads Hessians
-    rows_alone: bool = False  # once the mask is there, no output depends on another: layers of one input are solved as one
+    rows_alone: bool = (
+        False  # once the mask is there, no output depends on another: layers of one input are solved as one
+    )
 
     def applies(self, plan: LayerPlan) -> bool:
         """Whether a layer's plan asks for anything that this step does."""

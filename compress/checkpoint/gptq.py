@@ -52,7 +52,10 @@ def refusal(layers: Sequence[StoredLayer]) -> str | None:
     """One sentence on why this format cannot hold the layers, and which can; None if it does."""
     if reason := refuse(layers, REFUSALS):
         return reason
-    if len({(integers(layer).bits, size) for layer, size in zip(layers, group_sizes(layers).values(), strict=True)}) > 1:
+    if (
+        len({(integers(layer).bits, size) for layer, size in zip(layers, group_sizes(layers).values(), strict=True)})
+        > 1
+    ):
         return "gptq has one number of bits and one group size for all layers, and these differ: compressed-tensors can"
     return None
 
