@@ -24,7 +24,12 @@ def folder(tmp_path_factory):
 def start(folder, text, out, *more):
     flags = ["--sparsity", "0.5", "--wbits", "4", "--group-size", "32", "--head-bits", "8", "--nsamples", "16"]
     command = [sys.executable, "-m", "compress", "run", str(folder), *flags, "--seqlen", "128", "--calib", str(text)]
-    return subprocess.Popen([*command, "--out", str(out), *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [*command, "--out", str(out), *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit it ignored
+    )
 
 
 def finish(process):
@@ -100,9 +105,7 @@ def test_a_changed_recipe_is_refused_with_its_key(folder, text_file, tmp_path, s
 
 def test_control_c_ends_with_one_line(folder, text_file, tmp_path):
     out = tmp_path / "out"
-    process = start(
-        folder, text_file, out, "--nsamples", "31", "--set", "alps.iterations=300"
-    )  # not done before the signal comes
+    process = start(folder, text_file, out)
     while not list((out / "run" / "blocks").glob("0000.json")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
