@@ -102,8 +102,11 @@ def _task(work: Work, reader: Reader) -> LayerTask:
             f"the inputs of {layer.name} hold NaN or infinity: weights before it are damaged, or too large for "
             f"{str(work.model.dtype).removeprefix('torch.')} (--dtype float32)"
         )
-    weight = make_up(stats, weight if prepared is None else prepared.folded(weight), work.drift)
-    task = LayerTask(layer.name, weight, weight, stats, work.plans[layer.name].plan, work.model.dtype)
+    plan = work.plans[layer.name].plan
+    weight = weight if prepared is None else prepared.folded(weight)
+    if plan.changes:  # a layer that nothing is asked of stays as it came, to the last bit
+        weight = make_up(stats, weight, work.drift)
+    task = LayerTask(layer.name, weight, weight, stats, plan, work.model.dtype)
     if work.needs and not stats.n_tokens:
         task = task.noted(
             "no calibration token reached this layer, so its inputs count as white noise: use more samples"

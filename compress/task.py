@@ -68,9 +68,9 @@ class LayerTask:
         return replace(self, notes=(*self.notes, note))
 
     def rows(self, which: slice) -> "LayerTask":
-        """Some of the layer's outputs, as a layer of their own, before it is packed. Gradients stay out."""
+        """Some of the layer's outputs, as a layer of their own, before it is packed; without notes, which stay with the layer."""
         keep = None if self.keep is None else self.keep[which]
-        return replace(self, weight=self.weight[which], original=self.original[which], keep=keep)
+        return replace(self, weight=self.weight[which], original=self.original[which], keep=keep, notes=())
 
 
 def stacked(tasks: Sequence[LayerTask]) -> LayerTask:
@@ -89,7 +89,7 @@ def split(pieces: Sequence[LayerTask], tasks: Sequence[LayerTask]) -> list[Layer
     for task in tasks:
         which = slice(start, start + len(task.weight))
         notes = dict.fromkeys(note for piece in pieces for note in piece.notes)
-        done.append(replace(task, notes=tuple(notes)).quantized(packed.rows(which)))
+        done.append(replace(task, notes=(*task.notes, *notes)).quantized(packed.rows(which)))
         start = which.stop
     return done
 

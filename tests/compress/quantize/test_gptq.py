@@ -107,8 +107,10 @@ def test_layers_of_one_input_are_solved_as_one(monkeypatch):
     step = find_steps(read_recipe(None, {"model": "m", "target": {"wbits": 4}}))[0]
     tasks = [random_task(LayerPlan(wbits=4, group_size=32), out=out, seed=0) for out in (48, 6, 31)]
     tasks = [replace(task, name=f"layer {len(task.weight)}", stats=tasks[0].stats) for task in tasks]
+    tasks[1] = tasks[1].noted("of its own")
     for together, task in zip(run_step(step, tasks), tasks, strict=True):
         alone = step.run(task)
+        assert together.notes[: len(task.notes)] == task.notes and ("of its own" in together.notes) == bool(task.notes)
         assert together.name == task.name and together.packed.shape == tuple(task.weight.shape)
         assert (together.packed.codes() == alone.packed.codes()).float().mean() > 0.99
         assert torch.equal(together.weight, together.packed.dequantize())
