@@ -147,7 +147,8 @@ def _tried(
         for index in range(before):
             streams[index] = block(streams[index])
     outputs = torch.cat([streams[index] for index in range(n)])
-    found = losses(options.loss, model, streams, n, options.positions)
+    with dense.reporter.stage("comparing trial", n * len(trials)) as stage:
+        found = losses(options.loss, model, streams, n, options.positions, stage.step)
     streams.close()
     return {"measured": found, "outputs": outputs}
 

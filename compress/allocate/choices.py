@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-CHOICES = ("2g64", "3g128", "3g64", "4g128", "4g64", "8g128", "4g128+2:4")
+CHOICES = ("2g64", "2g-1", "3g-1", "3g128", "4g-1", "4g128", "8g128")
 BYTES = {"MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
 
 _CHOICE = re.compile(r"(\d+)(?:g(-1|\d+))?(?:\+(?:(\d+):(\d+)|(\d+(?:\.\d+)?)%))?")

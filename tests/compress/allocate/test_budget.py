@@ -290,7 +290,7 @@ def test_a_trial_does_not_depend_on_the_others(tmp_path, text_file):
     there, _ = measured(folder, tmp_path / "a", recipe_for(folder, text_file, "4bits", **more))
     options = {"choices": CHOICES[:0:-1]}
     back, _ = measured(folder, tmp_path / "b", recipe_for(folder, text_file, "4bits", budget_options=options, **more))
-    assert len(back) == 3 * 2 * 4 and all(loss == there[trial] for trial, loss in back.items())
+    assert len(back) == 3 * 7 * 4 and all(loss == there[trial] for trial, loss in back.items())
 
 
 def test_trials_may_use_quicker_methods_than_the_recipe(tmp_path, text_file):
