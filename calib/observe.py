@@ -73,11 +73,21 @@ def observe(
     before: dict[str, Tensor] = {}
     modules = [layer for layer in layers if layer.index is None]
     together = max(1, TOKENS_AT_ONCE // hidden[0].shape[1])
+    calls: list[str] = []  # in the first sequence
+
+    def see(layer: Layer, x: Tensor) -> None:
+        sums[layer.name].add(x, before.pop(layer.name, None))
+        if index == 0:
+            calls.append(layer.name)
+        elif layer.name == last:
+            raise _SeenAll
+
     for index, sequence in enumerate(hidden):
+        last = calls[-1] if calls and calls.count(calls[-1]) == 1 and len(modules) == len(layers) else None
         if dense is not None:
             with _Watch(modules, lambda layer, y: before.update({layer.name: y.clone()})):  # `dense` is overwritten
                 dense[index] = block(dense[index])
-        with _Watch(layers, lambda layer, x: sums[layer.name].add(x, before.pop(layer.name, None))):
+        with contextlib.suppress(_SeenAll), _Watch(layers, see):
             block(sequence)
         if (index + 1) % together == 0 or index + 1 == len(hidden):
             for each in sums.values():
@@ -216,6 +226,10 @@ def _mirrored(lower: Tensor) -> Tensor:
     """A symmetric float32 matrix from its lower panels in float64, which it uses up."""
     whole = lower.tril_().float()
     return whole.add_(whole.tril(-1).T)
+
+
+class _SeenAll(Exception):
+    """Ends a block's forward once all that is watched was seen: what leaves the block is not asked for."""
 
 
 class _Watch(TorchFunctionMode):

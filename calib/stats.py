@@ -8,6 +8,8 @@ from torch import Tensor
 
 from compress.errors import RunError
 
+PANEL = 256  # columns of a Hessian that are multiplied together where half of it is enough
+
 
 @dataclass(frozen=True)
 class LayerStats:
@@ -42,7 +44,7 @@ class LayerStats:
         tr(W H Wᵀ) for a weight, tr(Δ H Δᵀ) for a change of one: their ratio is the relative output error.
         """
         if self.hessian is not None:
-            return ((weight @ self.hessian) * weight).sum(dtype=torch.float64).item()
+            return _energy(weight, self.hessian)
         outputs = weight if self.sample is None else weight @ self.sample.T
         return outputs.square().sum(dtype=torch.float64).item()
 
@@ -140,6 +142,16 @@ def falling(stats: LayerStats) -> Tensor:
     """The inputs by falling diagonal of the Hessian, [in] int64."""
     assert stats.hessian is not None  # the method's NEEDS asks for it
     return stats.hessian.diagonal().argsort(descending=True, stable=True)
+
+
+def _energy(weight: Tensor, hessian: Tensor) -> float:
+    """tr(W H Wᵀ) of a symmetric H, from its upper half."""
+    total = 0.0
+    for start in range(0, len(hessian), PANEL):
+        own, panel = slice(start, start + PANEL), weight[:, start : start + PANEL]
+        product = torch.addmm(weight[:, :start] @ hessian[:start, own], panel, hessian[own, own], beta=2)
+        total += (product * panel).sum(dtype=torch.float64).item()
+    return total
 
 
 def damped_hessian(stats: LayerStats, damping: float) -> Tensor:

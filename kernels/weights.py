@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compress.kernels.packing import pack, unpack, words_for
 
+WEIGHTS_AT_ONCE = 2**18  # whose ranges are searched together: more would leave the cache
 SMALLEST_SCALE = 2.0**-14  # smallest normal float16: below it a rounded scale loses mantissa bits
 
 
@@ -45,6 +46,11 @@ class Grid:
         error, weighted by `importance` ([groups, group_size], such as the Hessian's diagonal).
         `scale_dtype` is what the checkpoint stores; scales are also kept float16-representable.
         """
+        if len(groups) > (rows := max(1, WEIGHTS_AT_ONCE * len(groups) // max(1, groups.numel()))) and shrink_steps:
+            parts = [
+                cls.fit(part, bits, symmetric, scale_dtype, importance, shrink_steps) for part in groups.split(rows)
+            ]
+            return cls(torch.cat([each.scale for each in parts]), torch.cat([each.zero_point for each in parts]), bits)
         best = cls._spanning(groups, 1.0, bits, symmetric, scale_dtype)
         if not shrink_steps:
             return best

@@ -62,3 +62,9 @@ def test_gradients_go_on_to_say_what_a_weight_is_worth(field):
     power = 2 if field == "grad_sq" else 1
     divided = getattr(LayerStats(0, **{field: gradient}).divided(scale), field)
     torch.testing.assert_close((weight * scale).abs() ** power * divided, weight.abs() ** power * gradient)
+
+
+def test_the_energy_of_outputs_needs_half_of_a_hessian():
+    x, weight = torch.randn(700, 600, dtype=torch.float64), torch.randn(5, 600, dtype=torch.float64)
+    stats = LayerStats(700, hessian=x.T @ x)
+    assert stats.output_energy(weight) == pytest.approx((x @ weight.T).square().sum().item(), rel=1e-12)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.kernels.weights import SMALLEST_SCALE, Grid, IntWeight
+from compress.kernels.weights import SMALLEST_SCALE, WEIGHTS_AT_ONCE, Grid, IntWeight
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -67,3 +67,11 @@ def test_all_zero_groups_decode_to_zero():
     packed = IntWeight.from_codes(codes.flatten(1), grid, 16, False, torch.float16)
     assert packed.dequantize().eq(0).all()
     assert packed.out_features == 2 and packed.nbytes == pytest.approx(2 * 4 * 4 + 2 * 2 * 2 + 2 * 2)
+
+
+def test_ranges_are_searched_a_few_rows_at_a_time_with_the_same_result():
+    groups = torch.randn(2 * WEIGHTS_AT_ONCE // 640 + 3, 5, 128)
+    whole = Grid.fit(groups, 3, symmetric=False, shrink_steps=3)
+    for rows in (slice(0, 2), slice(len(groups) - 2, None)):
+        part = Grid.fit(groups[rows], 3, symmetric=False, shrink_steps=3)
+        assert torch.equal(part.scale, whole.scale[rows]) and torch.equal(part.zero_point, whole.zero_point[rows])
