@@ -289,10 +289,17 @@ class Model:
         tokens = torch.zeros(1, hidden.shape[1], dtype=torch.long, device=self.device)
         return self._run(tokens, [_Passer(self, 0, hidden)]).logits
 
-    def _run(self, tokens: Tensor, stand_ins: list[nn.Module]) -> Any:
+    @torch.no_grad()
+    def last_hidden(self, hidden: Tensor) -> Tensor:
+        """What leaves the last block, [1, tokens, hidden_size], to what enters the head: through the final norm."""
+        tokens = torch.zeros(1, hidden.shape[1], dtype=torch.long)
+        return self._run(tokens, [_Passer(self, 0, hidden)], self.lm.base_model).last_hidden_state
+
+    def _run(self, tokens: Tensor, stand_ins: list[nn.Module], part: nn.Module | None = None) -> Any:
+        """The model's forward, or that of a part of it, with others in the blocks' place."""
         setattr(self._parent, self._slot, nn.ModuleList(stand_ins))
         try:
-            return self.lm(tokens.to(self.device), use_cache=False)
+            return (part or self.lm)(tokens.to(self.device), use_cache=False)
         except IndexError as error:  # a table of learned positions has come to its end
             raise InputError(f"{self.folder} cannot take {tokens.shape[1]} tokens at once: lower --seqlen") from error
         finally:

@@ -134,7 +134,7 @@ def _restore(work: Work, block: Block) -> None:
         state[name].copy_(tensor)
     for layer in block.layers:
         if layer.name in stored:
-            layer.install(stored[layer.name].packed.dequantize())
+            layer.install(stored[layer.name].dequantize())
             layer.quantize_inputs(stored[layer.name].inputs)
 
 

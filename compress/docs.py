@@ -17,6 +17,7 @@ TITLES = {
     "prune": "Prune",
     "refine": "Refine the mask",
     "quantize": "Quantize",
+    "recover": "Recover",
 }
 
 

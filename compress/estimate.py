@@ -13,6 +13,7 @@ import torch
 from compress.calib.gradients import FIELDS, LOGITS_AT_ONCE
 from compress.calib.model import Model
 from compress.calib.observe import shared_inputs, stages
+from compress.distill import LOGITS_AT_ONCE as TRAINING_LOGITS
 from compress.measure import measures
 from compress.pipeline import open_model, rehearse_allocation
 from compress.plan import PlannedLayer, packed_layers, plan_format, plan_layers
@@ -22,6 +23,7 @@ from compress.report import Report, duration, size, table
 from compress.sizes import checkpoint_bytes, dense_bytes, n_parameters
 from compress.steps import Step, find_steps
 from compress.task import LayerPlan
+from compress.whole_recovery import prepare_recovery, trained_methods, trained_options, training_cost
 
 TOKENIZER = 10  # resident bytes for each byte of tokenizer.json
 IMPORTS = 450 * 2**20  # resident bytes of python, torch and transformers
@@ -38,6 +40,7 @@ def estimate(recipe: Recipe, folder: Path, out: Path, device: str, reporter: Rep
     A rule of allocation that measures the dense model does so, for the very plan the run will have.
     """
     steps = find_steps(recipe)
+    prepare_recovery(recipe)
     model = open_model(folder, recipe.dtype, device)
     started, layers = time.monotonic(), plan_layers(model, recipe)
     layers, prediction = rehearse_allocation(model, recipe, layers, reporter)
@@ -51,11 +54,17 @@ def estimate(recipe: Recipe, folder: Path, out: Path, device: str, reporter: Rep
     if measures(recipe):
         seconds["allocate"] = allocating
     memory, disk = _memory(model, layers, recipe, needs), 2 * compressed
+    trained, training = trained_methods(recipe), 0
+    if trained:
+        training, seconds["recover"] = training_cost(recipe, model)
+        memory = max(memory, _training_memory(model, layers, recipe, compressed))
+        disk += len(trained) * compressed
     if gradients := needs & FIELDS:
         disk += _gradient_bytes(model, layers, recipe, len(gradients))
     free = shutil.disk_usage(_existing(out)).free
     data: dict[str, Any] = {
-        "steps": [step.name for step in steps],
+        "steps": [*(step.name for step in steps), *trained],
+        "training_tokens": training,
         "format": format_name,
         "dense_bytes": dense_bytes(model),
         "compressed_bytes": compressed,
@@ -70,6 +79,8 @@ def estimate(recipe: Recipe, folder: Path, out: Path, device: str, reporter: Rep
         "plan": {layer.name: asdict(layer.plan) for layer in layers},
     }
     loss = [] if prediction is None else [["loss, predicted", f"{prediction.loss:.4g}"]]
+    if trained:
+        loss.append(["learns from, about", f"{training} tokens of {recipe.train or recipe.calib.source}"])
     rows = [
         ["steps", " then ".join(data["steps"]) or "head only"],
         ["format", f"{format_name} ({reason})"],
@@ -260,6 +271,16 @@ def _memory(model: Model, layers: list[PlannedLayer], recipe: Recipe, needs: fro
     taking_gradients = 4 * fields * block + 10 * LOGITS_AT_ONCE if fields else 0
     compressing = 4 * (6 + fields) * layer + (hidden if needs else 0) + statistics
     return int(IMPORTS + tokenizer + outside + 2 * width * block + max(compressing, taking_gradients))
+
+
+def _training_memory(model: Model, layers: list[PlannedLayer], recipe: Recipe, compressed: int) -> int:
+    """About what training holds beside what a method learns: the compressed model, a block's activations, logits."""
+    width = _itemsize(model)
+    longest = _largest(options.seqlen * options.micro_batch_size for _, options in trained_options(recipe))
+    inside = sum(sum(layer.shape) for layer in layers) // model.n_blocks
+    entering = model.n_blocks * model.config.get_text_config().hidden_size
+    decoded = 8 * _largest(layer.n_weights for layer in layers)
+    return int(IMPORTS + compressed + decoded + longest * width * (2 * inside + entering) + 6 * TRAINING_LOGITS)
 
 
 def _largest(values: Iterable[int]) -> int:

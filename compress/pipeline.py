@@ -4,6 +4,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.blocks import block_key, compress_blocks, finished_blocks
+from compress.blocks import compress_blocks, finished_blocks
 from compress.calib.data import calibration_windows
 from compress.calib.model import Model
 from compress.calib.self_text import self_generated_windows
@@ -30,6 +31,7 @@ from compress.run_dir import Finished, RunDir
 from compress.sizes import dense_bytes, n_parameters
 from compress.steps import find_drift, find_steps
 from compress.whole_model import PRUNED, after_pruning, prepare, prune_whole_model, prunes_whole_model
+from compress.whole_recovery import Recovery, prepare_recovery, recovered_key
 from compress.work import Work
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -49,7 +51,7 @@ def compress(
 
     Returns the figures of the run: checkpoint, format, dense_bytes, compressed_bytes, bits_per_weight, sparsity,
     seconds (finished blocks of earlier sittings included), peak_rss_bytes (of this process); predicted_loss and
-    measured_loss where the plan is made of trials.
+    measured_loss where the plan is made of trials; recovery where there is one, a line for each method that trains.
     Raises InputError for a request that cannot be met, RunError where a run cannot go on; what is finished stays.
     """
     started = time.monotonic()
@@ -57,6 +59,7 @@ def compress(
     model = open_model(folder, recipe.dtype, device)
     if prunes_whole_model(recipe):
         prepare(recipe, model)
+    prepare_recovery(recipe)
     layers, head = plan_layers(model, recipe), plan_head(model, recipe)
     dense = {"dense_bytes": dense_bytes(model), "parameters": n_parameters(model)}
     run = RunDir(out / "run", recipe, _fingerprint(model), shared)
@@ -81,28 +84,37 @@ def compress(
             recipe.calib.refresh_gradients,
             find_drift(recipe, steps),
             format_name,
+            recipe.adapter_bits,
         )
         compress_blocks(work, _tokens(model, recipe, run, reporter) if work.needs else None, reporter)
+        recovery = Recovery(recipe, work, partial(open_model, folder, recipe.dtype, device), reporter)
+        recovered = {"recovery": recovery.run()} if recipe.recover else {}
 
-        result: dict[str, Any] = {"checkpoint": str(out), "format": format_name, **dense, **_totals(work), **pruned}
-        saving = time.monotonic()
-        saver = Saver(out, format_name, model, recipe)
-        for contents in _finished(work, bool(head)):
-            saver.add(contents)
-        result["compressed_bytes"] = saver.finish_weights()
-        result["bits_per_weight"] = result["compressed_bytes"] * 8 / result["parameters"]
-        run.journal.write(event="checkpoint", seconds=round(time.monotonic() - saving, 3))
-        saver.finish(result)
+        result: dict[str, Any] = {"checkpoint": str(out), "format": format_name, **dense}
+        result |= _totals(work, recipe) | pruned | recovered
+        _write(out, work, recipe, result)
         if prediction is not None:
             result |= _losses(work, recipe, prediction, reporter)
         result["seconds"] = round(time.monotonic() - started + _earlier_seconds(run), 2)
-        result["peak_rss_bytes"] = peak_rss_bytes()
+        result["peak_rss_bytes"] = max(peak_rss_bytes(), recovery.peak)
         run.journal.write(event="done", **result)
         Finished(run.path).update(result)
         run.drop_blocks()
         return result
     finally:
         run.close()
+
+
+def _write(out: Path, work: Work, recipe: Recipe, result: dict[str, Any]) -> None:
+    """Make a checkpoint of what the run folder holds, and add its bytes to the figures."""
+    started = time.monotonic()
+    saver = Saver(out, work.format_name, work.model, recipe)
+    for contents in _finished(work, recipe):
+        saver.add(contents)
+    result["compressed_bytes"] = saver.finish_weights()
+    result["bits_per_weight"] = result["compressed_bytes"] * 8 / result["parameters"]
+    work.run.journal.write(event="checkpoint", seconds=round(time.monotonic() - started, 3))
+    saver.finish(result)
 
 
 def _finished_before(run: RunDir, out: Path, folder: Path, reporter: Reporter) -> dict[str, Any] | None:
@@ -243,23 +255,23 @@ def _own_text(model: Model, calib: Calibration, reporter: Reporter) -> Tensor:
         return self_generated_windows(model.folder, model.tokenizer, calib.nsamples, calib.seqlen, calib.seed, report)
 
 
-def _finished(work: Work, with_head: bool) -> Iterator[Contents]:
+def _finished(work: Work, recipe: Recipe) -> Iterator[Contents]:
     """What lies outside the blocks, then every block, as the run folder has them."""
     outside = work.model.outside()
-    if with_head:
+    if plan_head(work.model, recipe):
         packed = decode(*work.run.restore(HEAD), where=HEAD).layers
         replaced = {layer.param for layer in packed}
         yield Contents(packed, {name: tensor for name, tensor in outside.items() if name not in replaced})
     else:
         yield Contents([], outside)
     for index in range(work.model.n_blocks):
-        key = block_key(index)
+        key = recovered_key(recipe, index)
         yield decode(*work.run.restore(key), where=key)
 
 
-def _totals(work: Work) -> dict[str, float]:
+def _totals(work: Work, recipe: Recipe) -> dict[str, float]:
     """Sparsity and bits over all weights of the blocks' layers."""
-    figures = [work.run.figures(block_key(index)) for index in range(work.model.n_blocks)]
+    figures = [work.run.figures(recovered_key(recipe, index)) for index in range(work.model.n_blocks)]
     weights = sum(f["weights"] for f in figures)
     return {
         "sparsity": sum(f["pruned"] for f in figures) / weights,

@@ -1,5 +1,6 @@
 """What a run is asked to do, as data: read from a TOML file and flags, validated, written back whole."""
 
+import re
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from compress.allocate.choices import CHOICES, Budget, Choice, read_choices
 from compress.errors import InputError
 from compress.task import LayerPlan
+from compress.training_budget import TrainingBudget
 
 PRUNER, INPUTS, QUANTIZER, DRIFT = "alps", "smoothquant", "gptq", 0.25  # what measured best (README, tables of methods)
 
@@ -169,9 +171,41 @@ class Recipe(_Frozen):
     drift: float | None = Field(
         None, ge=0, le=1, description="share of the drift of earlier layers that each makes up for; none: 0.25"
     )
+    recover: list[str] = Field([], description="what wins back the loss that compression cost, in order")
+    recover_for: str = Field("15min", description="what each method that trains may take: 15min, 90s or 200000tokens")
+    adapter_bits: Literal[1, 2, 4, 8, 16] = Field(16, description="bits of each number of an adapter's factors")
     sequential: bool = Field(False, description="within a block, calibrate each layer on already compressed ones")
     format: str = Field("auto", description="auto, compressed-tensors, gptq or native")
     options: dict[str, dict[str, Any]] = Field(default_factory=dict, description="by method name")
+
+    @field_validator("recover", mode="before")
+    @classmethod
+    def _listed(cls, recover: Any) -> Any:
+        """One text with commas or plus signs between names is a list too, and none is an empty one."""
+        if isinstance(recover, str):
+            recover = re.split("[,+]", recover)
+        if not isinstance(recover, list) or not all(isinstance(name, str) for name in recover):
+            return recover
+        names = [name.strip().replace("_", "-") for name in recover]
+        if "none" in names and len(names) > 1:
+            raise ValueError("none stands alone")
+        return [] if names == ["none"] else names
+
+    @field_validator("recover_for")
+    @classmethod
+    def _lasting(cls, recover_for: str) -> str:
+        TrainingBudget.read(recover_for)
+        return recover_for
+
+    @model_validator(mode="after")
+    def _recovers(self) -> "Recipe":
+        if self.recover and not (self.prunes or self.quantizes):
+            raise ValueError(f"recover {self.recover[0]} has nothing to do: give --wbits, --sparsity or --pattern")
+        if not self.recover:
+            for name in ("recover_for", "adapter_bits"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} {getattr(self, name)} has nothing to do: give --recover")
+        return self
 
     @model_validator(mode="after")
     def _methods(self) -> "Recipe":
@@ -233,7 +267,7 @@ class Recipe(_Frozen):
                 steps.append(("refine", self.refine))
         if self.quantizes:
             steps.append(("quantize", self._quantizer))
-        return steps
+        return steps + [("recover", name) for name in self.recover]
 
     @property
     def drift_share(self) -> float:

@@ -6,7 +6,9 @@
     measured.safetensors, plan.json   what an allocation measured; the plan it gave each layer
     log.jsonl            the journal, one line per layer and step, then one per block
     gradients/0000-0017_grad_sq/0007.safetensors   gradients of a block's weights, from one pass over blocks 0 to 17
+    teacher/             the dense model's last hidden states on the text that recovery learns from
     blocks/0007.safetensors, 0007.json   a finished block; its checksum and figures, written after it
+    blocks/0007-1.safetensors, 0007-1.json   the same after the first method of recovery that trains
     result.json          the figures of the finished run
 
 A block counts as finished when its checksum file is there and holds. The block files are removed once the checkpoint
@@ -32,7 +34,7 @@ from compress.files import disk_errors, sha256, write_json, write_tensors, write
 from compress.recipe import Recipe, read_recipe
 
 MEND = "take another --out, or remove it to start over"
-OF_THE_DENSE_MODEL = ("tokens", "gradients")  # what runs of one model on the same text have in common
+OF_THE_DENSE_MODEL = ("tokens", "gradients", "teacher")  # what runs of one model on the same text have in common
 
 
 class RunDir:
@@ -73,7 +75,7 @@ class RunDir:
     def folder_of(self, key: str) -> Path:
         """Where what `key` names is kept: what runs have in common in the shared folder, if there is one.
 
-        That is the calibration tokens and gradients of the dense model. All else is in the run's own, such as gradients
+        That is the calibration tokens, and gradients and last hidden states of the dense model. All else is in the run's own, such as gradients
         taken anew after blocks were pruned.
         """
         return self.path if self._shared is None or key not in OF_THE_DENSE_MODEL else self._shared
@@ -121,11 +123,12 @@ class RunDir:
         return json.loads(self._block(key)[1].read_text())["figures"]
 
     def drop_blocks(self) -> None:
-        """Remove the block files and this run's own gradients, after the checkpoint made of them is on disk."""
+        """Remove the block files and this run's own gradients and teacher, after the checkpoint made of them is on disk."""
         for file in self.blocks.iterdir():
             if file.is_file():
                 file.unlink()
-        shutil.rmtree(self.path / "gradients", ignore_errors=True)
+        for folder in ("gradients", "teacher"):
+            shutil.rmtree(self.path / folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from compress.recipe import Recipe
 from compress.run_dir import Finished, check_claim, held, read_json
 from compress.steps import find_steps
 from compress.whole_model import drop_smaller, prepare, prunes_whole_model
+from compress.whole_recovery import prepare_recovery
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ def _check(bench: Bench, runs: list[Run]) -> dict[str, Any]:
             find_steps(run.recipe)
             if prunes_whole_model(run.recipe):
                 prepare(run.recipe, model)
+            prepare_recovery(run.recipe)
             plan_layers(model, run.recipe)
         except InputError as error:
             raise InputError(f"{run.title}: {error}") from error

@@ -106,7 +106,7 @@ def _task(work: Work, reader: Reader) -> LayerTask:
     weight = weight if prepared is None else prepared.folded(weight)
     if plan.changes:  # a layer that nothing is asked of stays as it came, to the last bit
         weight = make_up(stats, weight, work.drift)
-    task = LayerTask(layer.name, weight, weight, stats, plan, work.model.dtype)
+    task = LayerTask(layer.name, weight, weight, stats, plan, work.model.dtype, adapter_bits=work.adapter_bits)
     if work.needs and not stats.n_tokens:
         task = task.noted(
             "no calibration token reached this layer, so its inputs count as white noise: use more samples"
@@ -119,7 +119,7 @@ def _install(work: Work, reader: Reader, task: LayerTask, error: float) -> Finis
     layer.install(task.weight)
     inputs = None if reader.prepared is None or task.packed is None else reader.prepared.quantizer
     layer.quantize_inputs(inputs)
-    return Finished(layer, task.packed, task.keep, _bits(work, task, layer), error, inputs)
+    return Finished(layer, task.packed, task.keep, _bits(work, task, layer), error, inputs, task.correction)
 
 
 def _error(task: LayerTask, energy: float) -> float:
@@ -131,7 +131,9 @@ def _density(task: LayerTask) -> float:
 
 
 def _bits(work: Work, task: LayerTask, layer: Layer) -> float:
-    """Bits a weight takes in the checkpoint, scales and zero points counted."""
+    """Bits a weight takes in the checkpoint, scales, zero points and its correction counted."""
     if task.packed is None:
         return layer.stored.element_size() * 8.0
-    return as_held(work.format_name, stored_layer(layer, task.packed)).packed.nbytes * 8 / task.weight.numel()
+    packed = as_held(work.format_name, stored_layer(layer, task.packed)).packed.nbytes
+    added = 0 if task.correction is None else task.correction.nbytes
+    return (packed + added) * 8 / task.weight.numel()

@@ -14,7 +14,7 @@ from compress.calib.gradients import FIELDS
 from compress.errors import InputError
 from compress.options import MethodOptions
 from compress.recipe import Recipe, validation_line
-from compress.task import LayerPlan
+from compress.task import LayerPlan, LayerTask
 
 STAGES = {  # stage: the folder of its methods, and the verbs that make a file one of them
     "allocate": ("allocate", ("allocate_layers", "choose_plans")),
@@ -22,6 +22,7 @@ STAGES = {  # stage: the folder of its methods, and the verbs that make a file o
     "prune": ("prune", ("prune_layer", "prune_model")),
     "refine": ("prune", ("refine_layer",)),
     "quantize": ("quantize", ("quantize_layer",)),
+    "recover": ("recover", ("recover_layer", "recover_model")),
 }
 
 
@@ -43,7 +44,7 @@ class Step:
         """Whether a layer's plan asks for anything that this step does."""
         if self.stage == "activations":
             return plan.abits < 16
-        return plan.wbits < 16 if self.stage == "quantize" else plan.sparsity > 0
+        return plan.wbits < 16 if self.stage in ("quantize", "recover") else plan.sparsity > 0
 
 
 def methods(stage: str) -> dict[str, ModuleType]:
@@ -139,9 +140,18 @@ def _step(recipe: Recipe, stage: str, name: str) -> Step:
     method = find_method(stage, name)
     options = find_options(stage, name, recipe.options.get(name, {}))
     needs = method.needs(options) if hasattr(method, "needs") else method.NEEDS
-    verb = getattr(method, verb_of(stage, method))
-    alone = getattr(method, "ROWS_ALONE", False)
-    return Step(stage, name, frozenset(needs), options, _bound(verb, options), _flops(method, options), alone)
+    verb = verb_of(stage, method)
+    others = (_quantizer(recipe, name),) if verb == "recover_layer" else ()
+    run, alone = _bound(getattr(method, verb), options, *others), getattr(method, "ROWS_ALONE", False)
+    return Step(stage, name, frozenset(needs), options, run, _flops(method, options), alone)
+
+
+def _quantizer(recipe: Recipe, reader: str) -> Callable[[LayerTask], LayerTask]:
+    """The recipe's quantizer, for a method that may quantize once more. Raises InputError if there is none."""
+    for stage, name in recipe.steps:
+        if stage == "quantize":
+            return _step(recipe, stage, name).run
+    raise InputError(f"{reader} makes up for what quantization does to a layer: give --wbits")
 
 
 def _flops(method: ModuleType, options: MethodOptions) -> Callable[[int, int], float]:
@@ -150,6 +160,6 @@ def _flops(method: ModuleType, options: MethodOptions) -> Callable[[int, int], f
     return lambda out_features, in_features: said(out_features, in_features, options)
 
 
-def _bound(verb: Callable[[Any, MethodOptions], Any], options: MethodOptions) -> Callable[[Any], Any]:
-    """A method's verb with its options filled in."""
-    return lambda task: verb(task, options)
+def _bound(verb: Callable[..., Any], options: MethodOptions, *others: Any) -> Callable[[Any], Any]:
+    """A method's verb with its options, and what else it takes, filled in."""
+    return lambda task: verb(task, options, *others)

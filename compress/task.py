@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from compress.calib.stats import LayerStats
+from compress.kernels.correction import Correction
 from compress.kernels.sparse24_weight import Sparse24IntWeight
 from compress.kernels.weights import IntWeight, PackedWeight, stacked_rows
 
@@ -46,6 +47,8 @@ class LayerTask:
     dtype: torch.dtype = torch.bfloat16  # what the model computes in, and the checkpoint stores scales in
     keep: Tensor | None = None  # [out, in] bool, False where pruned; None: nothing is
     packed: PackedWeight | None = None
+    correction: Correction | None = None  # what `weight` is beside `packed`
+    adapter_bits: int = 16  # of each number of a correction's factors in the checkpoint; 16: of the model's dtype
     notes: tuple[str, ...] = ()  # what went otherwise than asked, and why; they go to the journal
 
     @property
@@ -61,7 +64,13 @@ class LayerTask:
         """The task with packed weights, and `weight` what they decode to. What is pruned 2:4 is packed without its zeros."""
         if isinstance(packed, IntWeight) and self.keep is not None and self.plan.pattern == (2, 4):
             packed = Sparse24IntWeight.from_int(packed, self.keep)
-        return replace(self, packed=packed, weight=packed.dequantize())
+        return replace(self, packed=packed, correction=None, weight=packed.dequantize())
+
+    def corrected(self, correction: Correction) -> "LayerTask":
+        """The packed task with something added to its weight, rounded as the checkpoint will keep it."""
+        assert self.packed is not None  # a quantizer ran
+        kept = correction.rounded(self.dtype, self.adapter_bits)
+        return replace(self, correction=kept, weight=self.packed.dequantize().add_(kept.delta()))
 
     def noted(self, note: str) -> "LayerTask":
         """The task with one more line for the journal."""

@@ -4,14 +4,12 @@ Weights stay in the model's dtype, adapters and their gradients are float32. A l
 model's work and all of its memory, so the loss is taken a few positions at a time and its gradient with it.
 """
 
-import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,11 +18,11 @@ from torch import Tensor, nn
 
 from compress.calib.model import Model
 from compress.calib.weight_files import read_all
+from compress.distill import next_token_loss
 from compress.errors import InputError, RunError
 from compress.files import write_tensors
 from compress.structures import Masks, Structure, Structures, masked
 
-LOGITS_AT_ONCE = 1 << 25  # elements of a float32 piece of logits: 128 MB
 ADAPTER = "default"
 SECONDS = "seconds"  # in the metadata of a saved state
 
@@ -138,75 +136,6 @@ def _squares(layer: Any) -> Iterator[Tensor]:
         yield total
     finally:
         hook.remove()
-
-
-def next_token_loss(lm: Any, tokens: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of tokens [n, seqlen] given those before, with its gradient, never all logits at once.
-
-    The gradient that enters the last hidden states is worked out on the way, so the head runs once forward and once
-    backward. Weights of the head get none.
-    """
-    output = lm.base_model(input_ids=tokens, use_cache=False)
-    hidden = output.last_hidden_state[:, :-1].flatten(0, 1)
-    targets = tokens[:, 1:].flatten()
-    vocab_size = len(lm.get_output_embeddings().weight)
-    rows = max(1, LOGITS_AT_ONCE // vocab_size)
-    buffer = torch.empty(min(rows, len(targets)), vocab_size, device=hidden.device)
-    total, gradients = torch.zeros((), device=hidden.device), []
-    with _HeadOnly(lm, output) as head:
-        for part, wanted in zip(hidden.detach().split(rows), targets.split(rows), strict=True):
-            part = part.requires_grad_(hidden.requires_grad)
-            logits = head(part)
-            loss, slope = _cross_entropy(logits.detach(), wanted, buffer)
-            total += loss / len(targets)
-            if hidden.requires_grad:
-                gradients += torch.autograd.grad(logits, part, slope.div_(len(targets)).to(logits.dtype))
-    if not hidden.requires_grad:
-        return total
-    # The second term is zero, and its gradient is the one found above.
-    return total + ((hidden - hidden.detach()) * torch.cat(gradients)).sum()
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum over tokens of -log p(target), and its slope in each logit, float32 [n, vocab_size].
-
-    All in `buffer`: at this size new memory costs as much as the arithmetic.
-    """
-    x = buffer[: len(logits)].copy_(logits)
-    wanted, top = x.gather(1, targets[:, None]), x.amax(1, keepdim=True)
-    total = x.sub_(top).exp_().sum(1, keepdim=True)
-    loss = (total.log() + top - wanted).sum()
-    return loss, x.div_(total).scatter_add_(1, targets[:, None], torch.full_like(total, -1.0))
-
-
-class _HeadOnly:
-    """While open, a function from last hidden states [n, hidden_size] to logits [n, vocab_size], by the model's own code.
-
-    Softcaps and scales of the logits differ between architectures; the model is run with its result put in its place.
-    """
-
-    def __init__(self, lm: Any, output: Any):
-        self.lm, self.output, self.base = lm, output, lm.base_model
-
-    def __enter__(self) -> Callable[[Tensor], Tensor]:
-        self.stand_in = _StandIn()
-        setattr(self.lm, self.lm.base_model_prefix, self.stand_in)
-        return self._logits
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        setattr(self.lm, self.lm.base_model_prefix, self.base)
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        self.stand_in.output = copy.copy(self.output)
-        self.stand_in.output.last_hidden_state = hidden.unsqueeze(0)
-        return self.lm(input_ids=torch.zeros(1, 1, dtype=torch.long, device=hidden.device), use_cache=False).logits[0]
-
-
-class _StandIn(nn.Module):
-    output: Any = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.output
 
 
 @dataclass

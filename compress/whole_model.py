@@ -88,7 +88,7 @@ def prune_whole_model(recipe: Recipe, model: Model, run: RunDir, reporter: Repor
     windows = run.once("training_text", lambda: {"windows": _windows(recipe, model)})["windows"]
     trainee = Trainee(model, structures, options.lora_rank, recipe.calib.seed)
     with reporter.stage(f"{name}, step", options.steps) as stage:
-        session = Session(file, _Teller(name, stage, run.journal))
+        session = Session(file, Teller(name, stage, run.journal))
         method = find_method("prune", name)
         keep, figures = method.prune_model(trainee, windows, recipe.target.density_gap, options, session)
     if session.earlier:
@@ -115,17 +115,18 @@ def _widths_line(structures: Structures, widths: dict[str, int]) -> str:
     return " and ".join(f"{widths[kind.name]} of {kind.size} {kind.name}" for kind in structures.kinds)
 
 
-class _Teller:
+class Teller:
     """Moves the bar each step, and writes a line of the journal now and then."""
 
     def __init__(self, method: str, stage: Stage, journal: Journal):
         self.method, self.stage, self.journal, self.since = method, stage, journal, time.monotonic()
 
     def __call__(self, step: int, figures: dict[str, Any]) -> None:
+        """A step is done; `figures` of it, its loss among them."""
         if self.stage.done < step - 1:  # a training that goes on
             self.stage.skip(step - 1 - self.stage.done)
         self.stage.step(f"loss {figures['loss']:.3f}")
-        if step % TOLD_EVERY == 0 or step == self.stage.total:
+        if step % TOLD_EVERY == 0 or step == self.stage.total or "held_out" in figures:
             now = time.monotonic()
             seconds, self.since = round(now - self.since, 3), now
             self.journal.write(event="train", method=self.method, step=step, seconds=seconds, **figures)

@@ -9,6 +9,7 @@ from compress.calib.layers import Layer
 from compress.calib.model import Model
 from compress.checkpoint.stored import StoredLayer
 from compress.gradients import Gradients
+from compress.kernels.correction import Correction
 from compress.kernels.inputs import InputQuantizer
 from compress.kernels.weights import PackedWeight
 from compress.plan import PlannedLayer
@@ -28,6 +29,7 @@ class Work:
     refresh_gradients: int = 0  # blocks after which gradients are taken anew; 0: never
     drift: float = 0.0  # share of the drift of earlier layers that each layer makes up for
     format_name: str = "native"  # of the checkpoint, which decides how many bits a weight takes
+    adapter_bits: int = 16  # of each number of a correction's factors; 16: of the model's dtype
 
     @property
     def needs(self) -> frozenset[str]:
@@ -57,9 +59,10 @@ class Finished:
     layer: Layer
     packed: PackedWeight | None
     keep: Tensor | None  # [out, in] bool
-    bits: float  # a weight, scales and zero points counted
+    bits: float  # a weight, scales, zero points and its correction counted
     error: float  # relative, of the layer's output
     inputs: InputQuantizer | None = None
+    correction: Correction | None = None
 
     @property
     def n_weights(self) -> int:
@@ -69,9 +72,12 @@ class Finished:
     @property
     def stored(self) -> StoredLayer | None:
         """The layer as the run folder keeps it; None if it is not quantized."""
-        return None if self.packed is None else stored_layer(self.layer, self.packed, self.inputs)
+        return None if self.packed is None else stored_layer(self.layer, self.packed, self.inputs, self.correction)
 
 
-def stored_layer(layer: Layer, packed: PackedWeight, inputs: InputQuantizer | None = None) -> StoredLayer:
+def stored_layer(
+    layer: Layer, packed: PackedWeight, inputs: InputQuantizer | None = None, correction: Correction | None = None
+) -> StoredLayer:
     """A quantized layer as the run folder keeps it."""
-    return StoredLayer(layer.name, layer.param, layer.index, layer.transposed, packed, inputs=inputs)
+    place = (layer.name, layer.param, layer.index, layer.transposed)
+    return StoredLayer(*place, packed, inputs=inputs, correction=correction)

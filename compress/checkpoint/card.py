@@ -5,6 +5,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from compress.checkpoint.adapter import OWN
+
 TEMPLATE = """\
 ---
 {% if base_model %}
@@ -78,6 +80,21 @@ NATIVE = """\
 compress eval {path}
 ```"""
 
+ADAPTED = """\
+The folder adapter/ belongs to the weights, which are worse without it. It is a LoRA adapter for `peft`, put on the model
+that was loaded above; `compress` adds it by itself:
+
+```python
+from peft import PeftModel
+model = PeftModel.from_pretrained(model, "{path}/adapter")
+```"""
+
+CORRECTED = """\
+The folder adapter/ belongs to the weights, which are worse without it. It is in compress's own layout, which compress
+alone adds:
+
+{native}"""
+
 ALWAYS = (
     "The limits, biases and licence of the base model remain.",
     "Perplexity on one text says little about other languages and tasks: measure what you need before you rely on it.",
@@ -88,16 +105,17 @@ def model_card(facts: Mapping[str, Any]) -> str:
     """The text of README.md. Of `facts` only "format" has to be there; what is missing is left out.
 
     "name", "base_model", "license", "version", "command", "recipe" (TOML), "format", "quantization_config" (as in
-    config.json), "path" (what to load, by default the name), "perplexity" ({text: {"dense": x, "compressed": y}}),
+    config.json), "adapter" (as there), "path" (what to load, by default the name), "perplexity" ({text: {"dense": x, "compressed": y}}),
     "bytes" ({"dense": n, "compressed": m}), "bits_per_weight" and "sparsity" or "removed" (numbers, of the compressed
     model), and "limits" (sentences, before those that always hold).
     """
     name = facts.get("name") or "Compressed model"
+    path = facts.get("path") or name
     known = dict.fromkeys(("base_model", "license", "version", "command", "recipe")) | dict(facts)
     known |= {
         "name": name,
         "rows": _rows(facts),
-        "loading": loading(facts["format"], facts.get("quantization_config") or {}, facts.get("path") or name),
+        "loading": loading(facts["format"], facts.get("quantization_config") or {}, path, facts.get("adapter")),
         "limits": [*facts.get("limits", ()), *ALWAYS],
     }
     environment = Environment(
@@ -106,8 +124,18 @@ def model_card(facts: Mapping[str, Any]) -> str:
     return environment.from_string(TEMPLATE).render(known)
 
 
-def loading(format_name: str, quantization_config: Mapping[str, Any], path: str) -> str:
-    """Markdown on how to load a checkpoint of this format, tried with transformers 5.23 and compressed-tensors 0.20."""
+def loading(format_name: str, quantization_config: Mapping[str, Any], path: str, adapter: str | None = None) -> str:
+    """Markdown on how to load a checkpoint, and its adapter (the file, as in config.json)."""
+    weights = _loading_weights(format_name, quantization_config, path)
+    if adapter is None:
+        return weights
+    if adapter.endswith(OWN):
+        return CORRECTED.format(native=NATIVE.format(path=path))
+    return weights if format_name == "native" else f"{weights}\n\n{ADAPTED.format(path=path)}"
+
+
+def _loading_weights(format_name: str, quantization_config: Mapping[str, Any], path: str) -> str:
+    """How to load a checkpoint of this format, tried with transformers 5.23 and compressed-tensors 0.20."""
     if format_name == "native":
         return f"In compress's own layout, which compress alone reads:\n\n{NATIVE.format(path=path)}"
     if format_name == "gptq":

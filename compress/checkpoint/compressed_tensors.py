@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.checkpoint.dense_view import PackedFiles, decoded
+from compress.checkpoint.dense_view import PackedFiles
 from compress.checkpoint.stored import StoredLayer, codebooks, exact, group_sizes, integers, refuse, with_zeros
 from compress.errors import InputError, RunError
 from compress.kernels.inputs import InputQuantizer
@@ -244,9 +244,9 @@ class CompressedTensorsFiles(PackedFiles):
             found = _match(self.packed[name][0], self.targets)["inputs"]
         return found
 
-    def decode(self, layer: str) -> Tensor:
-        """One layer in the model's dtype, [out, in]."""
-        return decoded(self.layer(layer), self.dtype)
+    def unpacked(self, layer: str) -> IntWeight:
+        """One layer's codes."""
+        return self.layer(layer)
 
 
 def _targets(settings: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:

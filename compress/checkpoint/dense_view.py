@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from compress.calib.weight_files import Entry, WeightFiles
+from compress.checkpoint.adapter import AdapterFiles
 from compress.errors import InputError, RunError
+from compress.kernels.correction import Correction
 from compress.kernels.weights import PackedWeight
 
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors spells them
@@ -20,8 +22,9 @@ NAMED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.
 class PackedFiles(WeightFiles):
     """The dense view: `read` decodes packed layers to the model's dtype and hands other tensors over as they are.
 
-    A subclass names the tensors of a layer in `PARTS`, finds the layers in `find_packed`, and decodes one in `decode`.
-    Raises InputError if config.json is missing or not one this format writes.
+    A subclass names the tensors of a layer in `PARTS`, finds the layers in `find_packed`, and unpacks one in `unpacked`.
+    What an adapter adds to a layer (adapter.py) is added before it is rounded.
+    Raises InputError if config.json is missing or not one this format writes, RunError for a damaged adapter.
     """
 
     PARTS: tuple[str, ...] = ()  # a layer's tensors are called NAME.PART
@@ -33,7 +36,11 @@ class PackedFiles(WeightFiles):
         self.settings: dict[str, Any] = quantization_settings(config)
         self.packed = self.find_packed()
         parts = {f"{layer}.{part}" for layers in self.packed.values() for layer in layers for part in self.PARTS}
-        self.plain = [name for name in self.entries if name not in parts]
+        self.plain = [name for name in self.entries if name not in parts and name not in self.packed]
+        self.adapter = AdapterFiles(folder, config)
+        if odd := self.adapter.lines.keys() - {layer for layers in self.packed.values() for layer in layers}:
+            raise RunError(f"the adapter of {folder} is for {min(odd)}, which is not packed there: restore both")
+        self.entries |= self.adapter.entries
 
     def names(self) -> Iterable[str]:
         """Dense tensors of the file, then the parameters that packed layers decode to."""
@@ -47,9 +54,15 @@ class PackedFiles(WeightFiles):
         """Which layers make up each packed parameter."""
         raise NotImplementedError
 
-    def decode(self, layer: str) -> Tensor:
-        """One layer in the model's dtype, [out, in]. Raises RunError if its tensors do not fit together."""
+    def unpacked(self, layer: str) -> PackedWeight | Tensor:
+        """One layer in a memory layout of ours, or float32 [out, in]. Raises RunError if its tensors do not fit together."""
         raise NotImplementedError
+
+    def decode(self, layer: str) -> Tensor:
+        """One layer in the model's dtype, [out, in], with what is added to it. Raises RunError as `unpacked` does."""
+        weight = self.unpacked(layer)
+        out_features, in_features = weight.shape
+        return decoded(weight, self.dtype, self.adapter.of(layer, (out_features, in_features)))
 
     def part(self, layer: str, part: str) -> Tensor:
         """The tensor NAME.PART. Raises RunError if the file lacks it."""
@@ -63,12 +76,17 @@ class PackedFiles(WeightFiles):
         return [name.removesuffix("." + part) for name in self.entries if name.endswith("." + part)]
 
 
-def decoded(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """[out, in] of a packed weight in `dtype`; in pieces, since an embedding in float32 can outweigh the model."""
+def decoded(weight: PackedWeight | Tensor, dtype: torch.dtype, correction: Correction | None = None) -> Tensor:
+    """[out, in] of a weight, and what is added to it, rounded once to `dtype`.
+
+    In pieces, since an embedding in float32 can outweigh the model.
+    """
     whole = torch.empty(weight.shape, dtype=dtype)
+    delta = None if correction is None else correction.delta()
     for start in range(0, len(whole), ROWS):
         rows = slice(start, start + ROWS)
-        whole[rows] = weight.rows(rows).dequantize()
+        values = weight[rows] if isinstance(weight, Tensor) else weight.rows(rows).dequantize()
+        whole[rows] = values if delta is None else values + delta[rows]
     return whole
 
 

@@ -16,6 +16,7 @@ from compress.checkpoint.dense_view import PackedFiles
 from compress.checkpoint.stored import StoredLayer, codebooks, exact, group_sizes, integers, refuse, with_zeros
 from compress.errors import InputError, RunError
 from compress.kernels.packing import WORD, pack, unpack
+from compress.kernels.weights import HALF, IntWeight
 
 QUANT_METHOD = "gptq"
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}  # format -> what its zero points lack
@@ -128,8 +129,8 @@ class GPTQFiles(PackedFiles):
         self.zero_offset = ZERO_OFFSETS[layout]
         return {f"{layer}.weight": (layer,) for layer in self.layers_with("qweight")}
 
-    def decode(self, layer: str) -> Tensor:
-        """One layer in the model's dtype, [out, in]. Raises RunError if its tensors do not fit together."""
+    def unpacked(self, layer: str) -> IntWeight | Tensor:
+        """One layer's codes, or float32 [out, in] where its groups are not in order. Raises RunError if its tensors do not fit together."""
         qweight, qzeros, scales = (self.part(layer, part) for part in self.PARTS[:3])
         groups, out = scales.shape
         bits, rest = divmod(qzeros.shape[1] * WORD, out)
@@ -140,10 +141,15 @@ class GPTQFiles(PackedFiles):
             )
         length = qweight.shape[0] * WORD // bits
         group = self._groups(layer, length, groups)
-        codes = unpack(qweight.T, bits, length).float()  # [out, in]
         # a field that held 2**bits - 1 for a zero point of zero wraps back to it
-        zeros = (unpack(qzeros, bits, out).to(torch.int16) + self.zero_offset).remainder_(2**bits).float()
-        return codes.sub_(zeros[group].T).mul_(scales.float()[group].T).to(self.dtype)
+        zeros = (unpack(qzeros, bits, out).to(torch.int16) + self.zero_offset).remainder_(2**bits).to(torch.uint8)
+        size = -(-length // groups)
+        if length == size * groups and scales.dtype in HALF and torch.equal(group, torch.arange(length) // size):
+            symmetric = bool((zeros == 2 ** (bits - 1)).all())
+            zero_point = None if symmetric else zeros.T.contiguous()
+            return IntWeight(qweight.T.contiguous(), scales.T.contiguous(), zero_point, bits, size, length)
+        codes = unpack(qweight.T, bits, length).float()  # [out, in]
+        return codes.sub_(zeros.float()[group].T).mul_(scales.float()[group].T)
 
     def _groups(self, layer: str, length: int, groups: int) -> Tensor:
         """The group of each input, int64 [in]; counted off where the file does not say."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from compress.checkpoint.stored import StoredLayer
 from compress.errors import InputError, RunError
 from compress.kernels.codebook_weight import CodebookWeight
+from compress.kernels.correction import Correction, correction_from, part_shapes
 from compress.kernels.inputs import InputQuantizer
 from compress.kernels.sparse24_weight import Sparse24IntWeight
 from compress.kernels.weights import IntWeight, PackedWeight
@@ -22,7 +23,42 @@ INT = "int"  # the layout that goes without saying
 PARTS = ("packed", "places", "codebooks", "scale", "zero_point")  # tensors of a layer, of all layouts
 SHIFT = "input_shift"  # NAME.input_shift: what a layer subtracts from its inputs
 INPUTS = {"abits", "static_inputs", "shifted_inputs"}  # in a layer's line, about what enters it
-PLACE = {"layout", "param", "index", "transposed", "embedding", *INPUTS}  # in a layer's line, but not about its weight
+CORRECTION = "correction."  # NAME.correction.a and so on: what is added to a layer's weight
+PLACE = {
+    "layout",
+    "param",
+    "index",
+    "transposed",
+    "embedding",
+    "correction",
+    *INPUTS,
+}  # in a layer's line, but not about its weight
+
+
+class CorrectionEntry(BaseModel):
+    """What the tensors of a layer's correction cannot say."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    rank: int = Field(default=0, ge=0)
+    bits: Literal[1, 2, 4, 8, 16] = 16
+    single: int = Field(default=0, ge=0)  # weights that are added one by one
+
+    @classmethod
+    def of(cls, correction: Correction) -> "CorrectionEntry":
+        """The line of a correction."""
+        return cls.model_validate({"rank": correction.rank, "bits": correction.bits, "single": correction.single})
+
+    def parts(self, shape: tuple[int, int] = (0, 0)) -> tuple[str, ...]:
+        """Which tensors the correction has."""
+        return tuple(part_shapes(shape, self.rank, self.bits, self.single))
+
+    def build(self, name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Correction:
+        """The correction of the layer `name` of `shape` (out, in). Raises RunError where the tensors do not fit."""
+        try:
+            return correction_from(tensors, shape, self.rank, self.bits, self.single)
+        except ValueError as error:
+            raise RunError(f"the correction of {name} is damaged ({error}): restore its file") from error
 
 
 class LayerEntry(BaseModel):
@@ -41,6 +77,7 @@ class LayerEntry(BaseModel):
     abits: int | None = Field(default=None, ge=2, le=8)  # of what enters the layer; None: it is not rounded
     static_inputs: bool = False
     shifted_inputs: bool = False
+    correction: CorrectionEntry | None = None
 
     @property
     def facts(self) -> dict[str, int]:
@@ -50,7 +87,9 @@ class LayerEntry(BaseModel):
     @property
     def parts(self) -> tuple[str, ...]:
         """Which tensors the layer has."""
-        return (*self.WEIGHT.expected(0, self.facts), *([SHIFT] if self.shifted_inputs else []))
+        added = () if self.correction is None else self.correction.parts()
+        shift = [SHIFT] if self.shifted_inputs else []
+        return (*self.WEIGHT.expected(0, self.facts), *shift, *(f"{CORRECTION}{part}" for part in added))
 
     def build(self, name: str, tensors: Mapping[str, Tensor]) -> StoredLayer:
         """The layer from its tensors, by part. Raises RunError where they do not fit this line."""
@@ -64,10 +103,15 @@ class LayerEntry(BaseModel):
                     "damaged, restore it"
                 )
         param = self.param or f"{name}.weight"
-        weight = self.WEIGHT.from_tensors(tensors, facts)
-        return StoredLayer(
-            name, param, self.index, self.transposed, weight, self.embedding, self.inputs(name, tensors.get(SHIFT))
-        )
+        weight, inputs = self.WEIGHT.from_tensors(tensors, facts), self.inputs(name, tensors.get(SHIFT))
+        added = self._added(name, tensors, weight.shape)
+        return StoredLayer(name, param, self.index, self.transposed, weight, self.embedding, inputs, added)
+
+    def _added(self, name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Correction | None:
+        if self.correction is None:
+            return None
+        parts = {part: tensors[f"{CORRECTION}{part}"] for part in self.correction.parts()}
+        return self.correction.build(name, parts, shape)
 
     def inputs(self, name: str, shift: Tensor | None) -> InputQuantizer | None:
         """How what enters the layer is rounded, with the tensor of its shift. Raises RunError where that does not fit."""
@@ -144,6 +188,7 @@ def entry_of(layer: StoredLayer) -> AnyEntry:
         "abits": None if layer.inputs is None else layer.inputs.bits,
         "static_inputs": layer.inputs is not None and layer.inputs.static,
         "shifted_inputs": layer.inputs is not None and layer.inputs.shift is not None,
+        "correction": None if layer.correction is None else CorrectionEntry.of(layer.correction),
     }
     return entry(**facts)
 

@@ -1,7 +1,8 @@
 """The layout of compress itself, version 2: any layer the other formats cannot hold, and the blocks of a run.
 
 A layer NAME is the tensors NAME.packed, NAME.scale and so on, exactly as its `PackedWeight` keeps them. A pruning mask is
-NAME.keep, eight weights a byte; what a layer subtracts from its inputs is NAME.input_shift. A manifest (manifest.py) says
+NAME.keep, eight weights a byte; what a layer subtracts from its inputs is NAME.input_shift; what a run has added to its
+weight is NAME.correction.a and so on, which a checkpoint keeps apart (adapter.py). A manifest (manifest.py) says
 what the tensors cannot: the memory layout, bits, group size, row length, and which parameter a layer belongs to. It is
 JSON: the metadata of a block's file, `quantization_config` of a checkpoint.
 """
@@ -13,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.checkpoint.dense_view import PackedFiles, decoded
-from compress.checkpoint.manifest import PARTS, SHIFT, Manifest, entry_of
+from compress.checkpoint.dense_view import PackedFiles
+from compress.checkpoint.manifest import CORRECTION, PARTS, SHIFT, Manifest, entry_of
 from compress.checkpoint.stored import StoredLayer
 from compress.errors import RunError
 from compress.kernels.inputs import InputQuantizer
 from compress.kernels.packing import pack_mask, unpack_mask
+from compress.kernels.weights import PackedWeight
 
 QUANT_METHOD = "compress"
 KEEP = "keep"
@@ -94,10 +96,18 @@ def held(layer: StoredLayer) -> StoredLayer:
 
 
 def layer_tensors(layer: StoredLayer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The tensors of a layer by name; scales keep their own dtype whatever the model's `dtype` is."""
+    """The tensors of a layer by name; scales keep their own dtype whatever the model's `dtype` is.
+
+    With a `dtype`, which a checkpoint has and a block's file has not, an empty tensor goes by the name of the parameter:
+    a loader that does not know this layout finds a parameter of the wrong shape and stops. Without it, transformers
+    would say that it skips an unknown quantization, and give the layer random weights.
+    """
     shift = None if layer.inputs is None else layer.inputs.shift
     parts = layer.packed.tensors() | ({} if shift is None else {SHIFT: shift.clone()})  # layers share it, files do not
-    return {f"{layer.name}.{part}": tensor for part, tensor in parts.items()}
+    if layer.correction is not None:
+        parts |= {f"{CORRECTION}{part}": tensor for part, tensor in layer.correction.tensors().items()}
+    guard = {layer.param: torch.empty(0, dtype=dtype)} if dtype is not None and not layer.index else {}
+    return guard | {f"{layer.name}.{part}": tensor for part, tensor in parts.items()}
 
 
 def quantization_config(layers: Sequence[StoredLayer], ignore: Sequence[str] = ()) -> dict[str, Any]:
@@ -148,11 +158,14 @@ class NativeFiles(PackedFiles):
         entry = self.layers[layer]
         return entry.inputs(layer, self.part(layer, SHIFT) if entry.shifted_inputs else None)
 
+    def unpacked(self, layer: str) -> PackedWeight:
+        """One layer's weight as it lies in the file."""
+        return self.layer(layer).packed
+
     def decode(self, layer: str) -> Tensor:
         """One layer in the model's dtype, [out, in], or [in, out] if its parameter is so."""
-        stored = self.layer(layer)
-        weight = decoded(stored.packed, self.dtype)
-        return weight.T.contiguous() if stored.transposed else weight
+        weight = super().decode(layer)
+        return weight.T.contiguous() if self.layers[layer].transposed else weight
 
     def read(self, name: str) -> Tensor:
         """One dense tensor; slices of a parameter are decoded one after another into one of the model's dtype."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from compress import __version__
 from compress.calib.model import Model
+from compress.checkpoint.adapter import KEY, write_adapter
 from compress.checkpoint.card import model_card
 from compress.checkpoint.dense_view import quantization_settings, read_config
 from compress.checkpoint.formats import DENSE, find_format, open_weights
@@ -32,6 +33,8 @@ class Saver:
         self.format = None if format_name == DENSE else find_format(format_name)
         self.writer = ShardWriter(out)
         self.layers: list[StoredLayer] = []
+        self.corrected: list[StoredLayer] = []  # layers without values, their corrections with them
+        self.adapter: dict[str, str] = {}  # what config.json says of it
 
     def add(self, contents: Contents) -> None:
         """The tensors of one block, or of what lies outside the blocks."""
@@ -40,15 +43,23 @@ class Saver:
             self.writer.add(name, tensor)
         for packed in contents.layers:
             assert self.format is not None  # choose_format: dense is for runs without a packed layer
-            layer = self.format.held(packed)
+            layer = self.format.held(replace(packed, correction=None))
             for name, tensor in self.format.layer_tensors(layer, self.model.dtype).items():
                 self.writer.add(name, tensor)
             sized = layer.packed.without_values(layer.packed.shape[0], layer.packed.description())
-            self.layers.append(replace(layer, packed=sized))  # config.json needs the sizes, not the values
+            layer = replace(layer, packed=sized)  # config.json needs the sizes, not the values
+            self.layers.append(layer)
+            if packed.correction is not None:
+                self.corrected.append(replace(layer, correction=packed.correction.to(self.model.dtype)))
 
     def finish_weights(self) -> int:
-        """Put the weight files in place. Returns their bytes. The folder is no checkpoint yet: config.json is missing."""
-        return self.writer.finish()
+        """Put the weight files and the adapter in place. Returns the bytes of both.
+
+        The folder is no checkpoint yet: config.json is missing.
+        """
+        weights = self.writer.finish()
+        self.adapter = write_adapter(self.out, self.corrected)
+        return weights + sum((self.out / file).stat().st_size for file in self.adapter.values())
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write everything else: tokenizer, recipe, config.json, and the model card."""
@@ -65,13 +76,14 @@ class Saver:
     def _config(self) -> dict[str, Any]:
         config = json.loads((self.model.folder / "config.json").read_text(encoding="utf-8"))
         config.pop("quantization_config", None)
+        config.pop(KEY, None)
         config["dtype"] = str(self.model.dtype).removeprefix("torch.")
         config.pop("torch_dtype", None)
         if self.format is not None:
             packed = {layer.name for layer in self.layers}
             ignore = [name for name in self.model.linear_names() if name not in packed]
             config["quantization_config"] = self.format.quantization_config(self.layers, ignore)
-        return config
+        return config | self.adapter
 
 
 def files_along(folder: Path) -> list[Path]:
@@ -93,14 +105,15 @@ def lacking(out: Path, folder: Path, result: dict[str, Any]) -> str | None:
 
 def write_card(out: Path, result: dict[str, Any]) -> None:
     """The checkpoint's README.md, with the figures known so far."""
-    recipe = (out / "recipe.toml").read_text(encoding="utf-8")
+    recipe, config = (out / "recipe.toml").read_text(encoding="utf-8"), read_config(out)
     facts = {
         "name": out.name,
         "base_model": tomllib.loads(recipe)["model"],
         "version": __version__,
         "recipe": recipe,
         "format": result["format"],
-        "quantization_config": quantization_settings(read_config(out)),
+        "quantization_config": quantization_settings(config),
+        "adapter": config.get(KEY),
         "bytes": {"dense": result["dense_bytes"], "compressed": result["compressed_bytes"]},
         "bits_per_weight": result["bits_per_weight"],
         "removed" if "widths" in result else "sparsity": result["sparsity"],

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from compress.errors import RunError
 from compress.kernels.codebook_weight import CodebookWeight
+from compress.kernels.correction import Correction
 from compress.kernels.inputs import InputQuantizer
 from compress.kernels.sparse24_weight import Sparse24IntWeight
 from compress.kernels.weights import IntWeight, PackedWeight
@@ -24,6 +25,12 @@ class StoredLayer:
     packed: PackedWeight  # [out, in] whatever the parameter's orientation
     embedding: bool = False  # its rows are looked up by token: an input embedding, or a head tied to one
     inputs: InputQuantizer | None = None  # how what enters the layer is rounded; None: not at all
+    correction: Correction | None = None  # what is added to `packed`; a checkpoint keeps it in a file of its own
+
+    def dequantize(self) -> Tensor:
+        """The weight that the layer stands for, float32 [out, in]."""
+        weight = self.packed.dequantize()
+        return weight if self.correction is None else weight.add_(self.correction.delta())
 
 
 def integers(layer: StoredLayer) -> IntWeight | Sparse24IntWeight:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from compress.checkpoint.adapter import remove_adapter
 from compress.files import disk_errors, sync, write_json, write_tensors
 
 WHOLE = "model.safetensors"
@@ -106,7 +107,7 @@ class ShardWriter:
 def remove_checkpoint(folder: Path) -> None:
     """Take away all of a checkpoint but its recipe; config.json first, so that a kill leaves nothing that looks whole.
 
-    Folders in it, such as its run, stay.
+    Folders in it, such as its run, stay, but for its adapter.
     """
     with disk_errors(folder):
         (folder / "config.json").unlink(missing_ok=True)
@@ -114,3 +115,4 @@ def remove_checkpoint(folder: Path) -> None:
         for file in folder.iterdir():
             if file.is_file() and file.name != "recipe.toml":
                 file.unlink()
+    remove_adapter(folder)

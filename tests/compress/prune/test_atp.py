@@ -11,6 +11,7 @@ from tiny import save_tiny, tiny_lm
 from transformers import AutoModelForCausalLM
 
 from compress.commands import inspect_command, run_command
+from compress.distill import next_token_loss
 from compress.errors import InputError
 from compress.pipeline import compress, open_model
 from compress.progress import Reporter
@@ -28,7 +29,7 @@ from compress.prune.decisions import (
 from compress.recipe import read_recipe
 from compress.run_dir import Journal
 from compress.structures import CHANNELS, HEADS, find_structures
-from compress.training import Session, Trainee, next_token_loss
+from compress.training import Session, Trainee
 
 QUIET = Reporter(quiet=True)
 SMALL = {"steps": 10, "batch_size": 2, "seqlen": 24, "multiple_of": 8, "save_every": 3}
@@ -160,7 +161,7 @@ def test_the_adapters_of_masked_channels_learn_while_the_frozen_branch_is_cut(tm
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "cohere"])
 def test_the_loss_in_pieces_is_transformers_own(monkeypatch, architecture):
-    monkeypatch.setattr("compress.training.LOGITS_AT_ONCE", 7 * 200)
+    monkeypatch.setattr("compress.distill.LOGITS_AT_ONCE", 7 * 200)
     lm, tokens = tiny_lm(architecture), windows(3)
     weight = lm.base_model.layers[0].mlp.up_proj.weight
     lm.requires_grad_(False)

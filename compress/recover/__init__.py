@@ -1,0 +1,1 @@
+"""Methods that win back what compression lost: a file each."""
