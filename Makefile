@@ -4,6 +4,8 @@ export PYTHONSAFEPATH = 1
 VENV = .venv
 BIN = $(VENV)/bin
 TORCH_VERSION = 2.13.0
+# figures in kernels/testing/metrics.json are of this compiler
+TRITON_VERSION = 3.9.0
 CPU_INDEX = https://download.pytorch.org/whl/cpu
 
 MODEL = gemma-3-270m
@@ -12,7 +14,7 @@ TEXT = wikitext2
 OUT = peers
 
 .DEFAULT_GOAL = help
-.PHONY: help setup demo test bench-peers check format docs clean
+.PHONY: help setup demo test bench-peers kernel-gates check format docs clean
 
 help:  ## print the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +42,9 @@ test: $(VENV)/ready  ## run all tests
 
 bench-peers: $(VENV)/ready  ## measure other libraries beside ours; MODEL, CALIB, TEXT, OUT and FLAGS can be given
 	$(BIN)/compress bench peers $(MODEL) --calib $(CALIB) --ppl $(TEXT) --out $(OUT) $(FLAGS)
+
+kernel-gates: $(VENV)/ready  ## compile every kernel for every GPU, read and run its code without one; FLAGS=--update keeps the figures
+	$(BIN)/pip install -q "triton==$(TRITON_VERSION)" && $(BIN)/python -m compress.kernels.testing $(FLAGS)
 
 check: $(VENV)/ready  ## lint, types, and whether generated pages are up to date
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

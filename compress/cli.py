@@ -9,6 +9,7 @@ import typer
 
 from compress import __version__
 from compress.cli_bench import bench, sweep
+from compress.cli_serve import Prompts, generate, serve
 from compress.errors import failure
 from compress.flags import Device, Json, ModelName, given
 from compress.report import show
@@ -20,6 +21,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 app.add_typer(bench, name="bench")
 app.command()(sweep)
+app.command()(generate)
+app.command()(serve)
 
 RUN_EXAMPLES = """
 Prune, quantize and save a causal language model, one transformer block in memory at a time.
@@ -65,7 +68,29 @@ def run(
     ] = None,
     pruner: Annotated[str | None, typer.Option(help="A method of `compress methods`.", show_default="alps")] = None,
     refine: Annotated[str | None, typer.Option(help="What improves the pruner's mask, such as dsnot.")] = None,
-    train: Annotated[str | None, typer.Option(help="Text that methods which train learn from, such as atp.")] = None,
+    recover: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD,...", help="What wins back the loss, in order: methods of `compress methods`, such as lrec."
+        ),
+    ] = None,
+    recover_for: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AMOUNT",
+            help="What each of them that trains may take: 15min, 90s or 200000tokens.",
+            show_default="15min",
+        ),
+    ] = None,
+    adapter_bits: Annotated[
+        int | None, typer.Option(help="Bits of each number of an adapter: 1, 2, 4, 8 or 16.", show_default="16")
+    ] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="What methods that train learn from.", show_default="for --recover that of --calib"
+        ),
+    ] = None,
     wbits: Annotated[int | None, typer.Option(help="Bits a weight: 2, 3, 4, 5, 6 or 8.")] = None,
     abits: Annotated[
         int | None,
@@ -155,6 +180,7 @@ def run(
     flags = {
         "model": model, "pruner": pruner, "refine": refine, "train": train, "quantizer": quantizer, "drift": drift, "sequential": sequential, "format": format,
         "dtype": dtype, "revision": revision, "activations": activations,
+        "recover": recover, "recover_for": recover_for, "adapter_bits": adapter_bits,
         "target": {"sparsity": sparsity, "pattern": pattern, "compare": compare, "wbits": wbits, "abits": abits, "group_size": group_size,
                    "symmetric": symmetric, "head_bits": head_bits, "allocate": allocate, "budget": budget},
         "calib": {"source": calib, "nsamples": nsamples, "seqlen": seqlen, "seed": seed,
@@ -198,12 +224,18 @@ def eval(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run that is under way.")],
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Instead, who multiplies by each layer when it is served, and why.")
+    ] = False,
+    prompts: Prompts = "decode",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Show what a checkpoint or a run holds: every layer, its bits, its zeros, its error, and where the time went."""
-    from compress.commands import inspect_command
+    from compress.commands import inspect_command, pick_device
+    from compress.kernel_report import kernel_report
 
-    show(inspect_command(path), as_json)
+    show(kernel_report(path, prompts, pick_device(device)) if kernels else inspect_command(path), as_json)
 
 
 @app.command()

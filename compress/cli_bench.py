@@ -207,6 +207,31 @@ def speed(
     show(bench_speed(checkpoints, baseline, SpeedProtocol(seqlen, new_tokens, repeats), device), as_json)
 
 
+@bench.command()
+def decode(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoints or models; the first is the baseline.")],
+    seqlen: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=4, help="Tokens after it, greedy, with a cache.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Prompts of each; the fastest counts.")] = 5,
+    prompts: Annotated[
+        str, typer.Option(help="What is kept for prompts: dense, decode or packed, as in `serve`.")
+    ] = "dense",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Time checkpoints as `compress serve` runs them, token by token in turns with the first, batch 1.
+
+    [bold]Example[/bold]
+
+      compress bench decode gemma-3-270m small-8 small-4
+    """
+    from compress.bench.decode import bench_decode
+    from compress.commands import pick_device
+    from compress.eval.speed import SpeedProtocol
+
+    show(bench_decode(checkpoints, SpeedProtocol(seqlen, new_tokens, repeats), prompts, pick_device(device)), as_json)
+
+
 def _finish(report: Report, as_json: bool) -> None:
     """Print a report of runs; the exit code says whether one failed."""
     show(report, as_json)

@@ -75,6 +75,8 @@ def _load(folder: Path, device: str) -> PreTrainedModel:
         raise _not_loaded(folder, first_line(error)) from error
     if missing := sorted(about["missing_keys"]):
         raise _not_loaded(folder, f"it finds no {missing[0]}")
+    if getattr(model, "quantization_method", None) == "compress":
+        raise _not_loaded(folder, "it needs a plug-in, which is in this process")
     return model.to(device).eval()
 
 

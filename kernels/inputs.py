@@ -35,7 +35,12 @@ class InputQuantizer:
 
     def codes(self, x: Tensor) -> Tensor:
         """int8, as `x` [..., in]."""
-        return self._codes(x, self.token_scale(x)).to(torch.int8)
+        return self.codes_and_scale(x)[0]
+
+    def codes_and_scale(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Codes, int8, as `x` [..., in], and what `token_scale` gives."""
+        scale = self.token_scale(x)
+        return self._codes(x, scale).to(torch.int8), scale
 
     def fake(self, x: Tensor) -> Tensor:
         """The values that the codes stand for, in the shape and dtype of `x`."""

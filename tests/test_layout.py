@@ -15,7 +15,7 @@ ORDER = [
     "compress.eval",
     "compress",
 ]  # a file imports leftwards
-METHODS = ("compress.allocate", "compress.prune", "compress.quantize")
+METHODS = ("compress.allocate", "compress.prune", "compress.quantize", "compress.recover")
 KEEPS_TO_ITSELF = {  # who may import what knows a secret of the outside world
     "transformers": {
         "compress.bench.gradients",
@@ -26,15 +26,17 @@ KEEPS_TO_ITSELF = {  # who may import what knows a secret of the outside world
         "compress.eval.speed",
         "compress.gguf_import",
         "compress.gguf_weights",
+        "compress.hf",
         "compress.model_folder",
+        "compress.serve",
     },
-    "accelerate": {"compress.calib.skeleton"},
+    "accelerate": {"compress.calib.skeleton", "compress.trainer"},
     "datasets": {"compress.calib.texts"},
     "matplotlib": {"compress.plots"},
     "huggingface_hub": {"compress.sources", "compress.calib.texts"},
     "gguf": {"compress.gguf_file", "compress.gguf_import"},
-    "typer": {"compress.cli", "compress.cli_bench", "compress.flags"},
-    "peft": {"compress.training"},
+    "typer": {"compress.cli", "compress.cli_bench", "compress.cli_serve", "compress.flags"},
+    "peft": {"compress.recover.adapters", "compress.training"},
     "filelock": {"compress.run_dir", "compress.gguf_import", "compress.sources"},
 }
 ELSEWHERE = "compress.bench.peers.scripts"  # they run in environments that do not have this package

@@ -1,0 +1,1 @@
+"""Products with weights that are sums of codebook vectors."""

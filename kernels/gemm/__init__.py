@@ -1,0 +1,1 @@
+"""What the matrix products over packed weights share: launches, split-K, the end of a tile."""

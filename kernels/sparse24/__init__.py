@@ -1,0 +1,1 @@
+"""Products with integer weights of which two in four are kept."""

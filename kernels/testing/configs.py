@@ -1,0 +1,74 @@
+"""Which kernels are checked, and what each is held to.
+
+A kernel gets in by the `CONFIGS` of its module, an example in examples.py and a line here.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from compress.kernels.gemm.configs import KernelConfig
+from compress.kernels.testing.examples import Outcome, run_codebook, run_sparse24, run_w8a8, run_wna16
+
+PORTABLE = {  # plain Triton cannot keep weights in the order of fragments; few tokens have kernels that do
+    "issue": "tl.dot reorders weights on the way",
+    "banks": "Triton chooses the layout in shared memory",
+    "registers": "made for 33 tokens and more",
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A kernel, and what it is held to."""
+
+    config: KernelConfig
+    bits: float  # of a weight as it is stored, scales and zero points included
+    example: Callable[[], Outcome]  # launches the kernel on CPU tensors
+    tensors: tuple[str, ...] = ()  # arguments of which each byte should be fetched once
+    share: float | None = None  # of the issue budget that the main loop may take; None: not made for few tokens
+    waived: Mapping[str, str] = field(default_factory=dict)  # gates it need not pass, and why
+
+
+def subjects() -> tuple[Subject, ...]:
+    """All kernels that are checked; imports Triton."""
+    from compress.kernels.codebook import triton as codebook
+    from compress.kernels.sparse24 import triton as sparse24
+    from compress.kernels.w8a8 import triton as w8a8
+    from compress.kernels.wna16 import triton as wna16
+
+    return (
+        *(_portable(c, _wna16_bits(c), run_wna16, "low_ptr", "high_ptr") for c in wna16.CONFIGS),
+        *(_portable(c, 8, run_w8a8, "codes_ptr") for c in w8a8.CONFIGS),
+        *(_portable(c, _sparse24_bits(c), run_sparse24, "values_ptr", "places_ptr") for c in sparse24.CONFIGS),
+        *(_portable(c, _codebook_bits(c), run_codebook, "codes_ptr") for c in codebook.CONFIGS),
+    )
+
+
+def _portable(config: KernelConfig, bits: float, run: Callable[[KernelConfig], Outcome], *tensors: str) -> Subject:
+    present = tuple(name for name in tensors if name in config.signature)
+    share = 0.75 if config.constexprs["BLOCK_M"] <= 32 else None
+    waived = dict(PORTABLE)
+    if len(present) > 1:
+        waived["fetch"] = "a plane of 16-bit words sets the layout, and words of 32 bits are read in halves of sectors"
+    if "VECTOR" in config.constexprs:
+        waived |= dict.fromkeys(("loads", "fetch", "conversions"), "indices are bytes")
+    return Subject(config, bits, partial(run, config), present, share, waived)
+
+
+def _side_bits(config: KernelConfig) -> float:
+    """Of a weight's share in its group's scale and zero point."""
+    group = config.constexprs["GROUP"]
+    return (16 + 8 * ("zero_ptr" in config.signature)) / group if group else 0
+
+
+def _wna16_bits(config: KernelConfig) -> float:
+    return float(config.constexprs["BITS"]) + _side_bits(config)
+
+
+def _sparse24_bits(config: KernelConfig) -> float:
+    return float(config.constexprs["FIELD"]) / 2 + 1 + _side_bits(config)
+
+
+def _codebook_bits(config: KernelConfig) -> float:
+    constants = config.constexprs
+    return float(constants["CODEBOOKS"] * (constants["VECTORS"] - 1).bit_length()) / constants["VECTOR"]

@@ -1,0 +1,1 @@
+"""Products of half-precision inputs and integer weights."""
