@@ -76,8 +76,15 @@ model = AutoModelForCausalLM.from_pretrained("{path}", quantization_config=as_de
 ```"""
 
 NATIVE = """\
+```python
+import compress.hf  # transformers knows the layout after this, and stops without it
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("{path}")
+```"""
+
+COMMAND = """\
 ```
-compress eval {path}
+compress generate {path} "Once upon a time"
 ```"""
 
 ADAPTED = """\
@@ -90,10 +97,10 @@ model = PeftModel.from_pretrained(model, "{path}/adapter")
 ```"""
 
 CORRECTED = """\
-The folder adapter/ belongs to the weights, which are worse without it. It is in compress's own layout, which compress
-alone adds:
+The folder adapter/ belongs to the weights, which are worse without it. It is in compress's own layout, which only
+compress adds:
 
-{native}"""
+{command}"""
 
 ALWAYS = (
     "The limits, biases and licence of the base model remain.",
@@ -130,14 +137,14 @@ def loading(format_name: str, quantization_config: Mapping[str, Any], path: str,
     if adapter is None:
         return weights
     if adapter.endswith(OWN):
-        return CORRECTED.format(native=NATIVE.format(path=path))
+        return CORRECTED.format(command=COMMAND.format(path=path))
     return weights if format_name == "native" else f"{weights}\n\n{ADAPTED.format(path=path)}"
 
 
 def _loading_weights(format_name: str, quantization_config: Mapping[str, Any], path: str) -> str:
     """How to load a checkpoint of this format, tried with transformers 5.23 and compressed-tensors 0.20."""
     if format_name == "native":
-        return f"In compress's own layout, which compress alone reads:\n\n{NATIVE.format(path=path)}"
+        return f"In compress's own layout:\n\n{NATIVE.format(path=path)}\n\n{COMMAND.format(path=path)}"
     if format_name == "gptq":
         return f"With `gptqmodel` and `optimum` installed, or in vLLM:\n\n{PLAIN.format(path=path)}"
     if format_name == "compressed-tensors":
@@ -159,8 +166,8 @@ def _loading_compressed_tensors(quantization_config: Mapping[str, Any], path: st
     if len(groups) == 1:
         return f"{start} (vLLM needs no second line):\n\n{DEQUANTIZED.format(path=path)}"
     return (
-        "In vLLM, or measured by compress. Its layers are quantized in several asymmetric ways, which transformers 5.23 "
-        f"cannot load:\n\n{NATIVE.format(path=path)}"
+        "In vLLM, or by compress. Its layers are quantized in several asymmetric ways, which transformers 5.23 "
+        f"cannot load:\n\n{COMMAND.format(path=path)}"
     )
 
 

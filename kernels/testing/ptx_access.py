@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from compress.kernels.testing.ptx_arithmetic import pairs, rounded
-from compress.kernels.testing.ptx_block import BITS, DTYPES, Array, Block
+from compress.kernels.testing.ptx_block import BITS, DTYPES, Block
 from compress.kernels.testing.ptx_program import Instruction, Trap, UnsupportedPtx
 
 
@@ -85,30 +84,6 @@ class _Change:
         return self.rule(old, thread)
 
 
-def atomic(block: Block, i: Instruction) -> None:
-    """red and atom on global memory: add, and, or, xor, min, max, exch, cas; vectors one element after another."""
-    returns = i.opcode == "atom"
-    if _space(i) != "global":
-        raise UnsupportedPtx(i.text)
-    values = i.vector(2 if returns else 1)
-    kind = next((m for m in i.modifiers if m in (*_RULES, "cas")), None)
-    if kind is None:
-        raise UnsupportedPtx(i.text)
-    step = DTYPES[i.type].itemsize
-    for place, value in enumerate(values):
-        addresses = block.address(i.operands[1 if returns else 0]) + place * step
-        change = _changes(block, i, kind, value)
-        if change.dtype.itemsize * 2 == step:  # a pair of halves
-            for half in (0, 1):
-                block.memory.update(i.opcode, addresses + 2 * half, block.active, _half(change, half))
-            if returns:
-                raise UnsupportedPtx(i.text)
-            continue
-        old = block.memory.update(i.opcode, addresses, block.active, change)
-        if returns:
-            block.write(i.vector(0)[place], old)
-
-
 _RULES: dict[str, Callable[[Any, Any], Any]] = {
     "add": np.add,
     "and": np.bitwise_and,
@@ -120,33 +95,27 @@ _RULES: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def _changes(block: Block, i: Instruction, kind: str, value: str) -> _Change:
+def atomic(block: Block, i: Instruction) -> None:
+    """red and atom on global memory: add, and, or, xor, min, max, exch, cas; vectors one element after another."""
+    returns = i.opcode == "atom"
+    kind = next((m for m in i.modifiers if m in (*_RULES, "cas")), None)
+    if _space(i) != "global" or kind is None or i.type.startswith(("f16", "bf16")):
+        raise UnsupportedPtx(i.text)
+    addresses = block.address(i.operands[1 if returns else 0])
+    for place, value in enumerate(i.vector(2 if returns else 1)):
+        change = _change(block, i, kind, value)
+        at = addresses + place * change.dtype.itemsize
+        old = block.memory.update(i.opcode, at, block.active, change)
+        if returns:
+            block.write(i.vector(0)[place], old)
+
+
+def _change(block: Block, i: Instruction, kind: str, value: str) -> _Change:
+    dtype, own = DTYPES[i.type], block.read(value, i.type)
     if kind == "cas":
         new = block.read(i.operands[3], i.type)
-        old = block.read(value, i.type)
-        return _Change(DTYPES[i.type], lambda now, t: new[t] if now == old[t] else now)
-    rule = _RULES[kind]
-    if i.type.startswith(("f16", "bf16")):
-        numbers, single = pairs(block, value, i.type), i.type.removesuffix("x2")
-
-        def add_half(now: Any, place: tuple[int, int]) -> Any:
-            kept = np.array([[now]]).view(np.float16).astype(float) if single == "f16" else _wide(now)
-            return rounded(rule(kept, numbers[place]).reshape(1, 1), single)[0]
-
-        if i.type.endswith("x2"):
-            return _Change(np.dtype(np.uint16), add_half)  # type: ignore[arg-type]
-        return _Change(np.dtype(np.uint16), lambda now, t: add_half(now, (t, 0)))
-    operands = block.read(value, i.type)
-    with np.errstate(over="ignore"):
-        return _Change(DTYPES[i.type], lambda now, t: rule(now, operands[t]))
-
-
-def _half(change: _Change, half: int) -> _Change:
-    return _Change(change.dtype, lambda now, t: change.rule(now, (t, half)))  # type: ignore[arg-type]
-
-
-def _wide(bits: Any) -> Array:
-    return np.array([[bits]], np.uint32).__lshift__(16).view(np.float32).astype(float)
+        return _Change(dtype, lambda now, thread: new[thread] if now == own[thread] else now)
+    return _Change(dtype, lambda now, thread: _RULES[kind](now, own[thread]))
 
 
 def barrier(block: Block, i: Instruction) -> None:

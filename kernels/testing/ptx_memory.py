@@ -109,7 +109,8 @@ class GlobalMemory:
         for thread in np.flatnonzero(active):
             place = addresses[thread] // change.dtype.itemsize
             old[thread] = elements[place]
-            elements[place] = change(elements[place], thread)
+            with np.errstate(over="ignore"):
+                elements[place] = change(elements[place], thread)
         return old
 
     def _view(self, dtype: np.dtype[Any]) -> Array:

@@ -205,8 +205,7 @@ def _multiply(
         num_stages=launch.num_stages,
     )
     if splits > 1:
-        grid = (triton.cdiv(out_features, FLAT), tokens)
-        scale_sums[grid](target, *scales, y, tokens, out_features, BLOCK=FLAT)
+        scale_sums[(triton.cdiv(out_features, FLAT), tokens)](target, *scales, y, tokens, out_features, BLOCK=FLAT)
 
 
 def _config(dtype: str, per_token: bool, symmetric: bool, launch: Launch) -> KernelConfig:

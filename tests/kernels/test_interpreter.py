@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 pytest.importorskip("triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["wna16", "w8a8", "sparse24", "codebook"])
 def test_interpreted(family):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / family / "interpreted.py"]

@@ -39,7 +39,7 @@ def test_a_card_tells_all_the_facts():
         "| size | 1.25 GB | 1 MB |",
         "| bits per weight |  | 4.25 |",
         "| weights that are zero |  | 50.0% |",
-        "compress eval tiny-w4",
+        'compress generate tiny-w4 "Once upon a time"',
         "- Tried on English only.",
     ):
         assert line in body.splitlines()
@@ -53,7 +53,7 @@ def test_what_is_not_known_is_left_out():
 
 
 def test_a_path_may_differ_from_the_name():
-    assert "compress eval ./out" in model_card(FACTS | {"path": "./out"})
+    assert "compress generate ./out" in model_card(FACTS | {"path": "./out"})
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,8 @@ def test_a_path_may_differ_from_the_name():
         ("compressed-tensors", _config(True, True), "Do not ask for `dequantize=True`", "CompressedTensorsConfig"),
         ("compressed-tensors", _config(False), 'from_pretrained("x", quantization_config=as_dense)', "cannot load"),
         ("compressed-tensors", _config(True, False), "transformers 5.23 cannot load", "from_pretrained"),
-        ("gptq", {}, "`gptqmodel` and `optimum` installed", "compress eval"),
-        ("native", {}, "compress eval x", "from_pretrained"),
+        ("gptq", {}, "`gptqmodel` and `optimum` installed", "compress generate"),
+        ("native", {}, "import compress.hf", "installed"),
         ("dense", {}, 'from_pretrained("x")', "installed"),
     ],
 )

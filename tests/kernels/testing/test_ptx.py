@@ -170,6 +170,23 @@ def test_two_blocks_may_not_store_to_one_place_but_may_add_to_it():
     assert y[0] == 3 * THREADS
 
 
+@pytest.mark.parametrize(
+    ("instruction", "old", "last"),
+    [
+        ("atom.global.add.u32 %r1, [%y], 2;", range(0, 128, 2), 128),
+        ("atom.global.exch.b32 %r1, [%y], %r30;", [0, *range(63)], 63),
+        ("atom.global.cas.b32 %r1, [%y], 0, 5;", [0] + [5] * 63, 5),
+        ("mov.b32 %r1, 0; red.global.max.s32 [%y], %r30;", [0] * 64, 63),
+        ("mov.b32 %r1, 0; red.global.add.v2.f32 [%y], {0f3F800000, 0f3F800000};", [0] * 64, 0x42800000),
+    ],
+)
+def test_atomics_one_thread_after_another(instruction, old, last):
+    y = torch.zeros(66, dtype=torch.int32)
+    run(f"{instruction} st.global.b32 [%at + 8], %r1;", X, y)
+    assert y[2:].tolist() == list(old)
+    assert y[0] == last
+
+
 def test_asynchronous_copies_arrive_when_they_are_waited_for():
     body = """
         shl.b32 %r0, %r30, 2; mov.b32 %r2, global_smem; add.s32 %r2, %r2, %r0;
@@ -241,3 +258,33 @@ def test_ldmatrix_and_its_inverse():
 def test_a_module_without_threads_is_refused():
     with pytest.raises(UnsupportedPtx, match="reqntid"):
         Program.parse(".visible .entry k(.param .u64 a)\n{ ret; }")
+
+
+@pytest.mark.parametrize(("dtype", "tile"), [(torch.float16, 0), (torch.float16, 1), (torch.int8, 0)])
+def test_sparse_matrices_are_packed_as_torch_packs_them(dtype, tile):
+    """Metadata as torch writes it for CUTLASS: word `lane` is that lane's, and tiles of 16 rows share it by selector."""
+    from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
+
+    rows, k, name, out = (16, 64, "s8", "s32") if dtype == torch.int8 else (32, 32, "f16", "f32")
+    generator = torch.Generator().manual_seed(11)
+    order = torch.rand(rows, k // 4, 4, generator=generator).argsort(-1).argsort(-1)
+    dense = torch.randint(1, 100, (rows, k), generator=generator) * (order < 2).flatten(1)
+    right = torch.randint(-99, 100, (8, k), generator=generator).to(dtype)
+    values, metadata = sparse_semi_structured_from_dense_cutlass(dense.to(dtype))
+    parts = [values[16 * tile : 16 * tile + 16], metadata, right]
+    x = torch.cat([part.contiguous().flatten().view(torch.int32) for part in parts])
+    a = [f"ld.global.b32 %r{r}, [%rd0 + {256 * (r & 1) + 16 * (r >> 1)}];" for r in range(4)]
+    b = [f"ld.global.b32 %r{4 + i}, [%rd1 + {640 + 16 * i}];" for i in range(4)]
+    satfinite = "satfinite." if out == "s32" else ""
+    body = f"""
+        and.b32 %r20, %r30, 31; shr.u32 %r21, %r20, 2; and.b32 %r22, %r20, 3;
+        mad.wide.u32 %rd0, %r22, 4, %x; mad.wide.u32 %rd1, %r21, 64, %rd0; mad.wide.u32 %rd0, %r21, 32, %rd0;
+        {" ".join(a + b)} mad.wide.u32 %rd2, %r20, 4, %x; ld.global.b32 %r12, [%rd2 + 512];
+        mov.b32 %r8, 0; mov.b32 %r9, 0; mov.b32 %r10, 0; mov.b32 %r11, 0;
+        mma.sp::ordered_metadata.sync.aligned.m16n8k{k}.row.col.{satfinite}{out}.{name}.{name}.{out}
+            {registers(4, 8)}, {registers(4, 0)}, {registers(4, 4)}, {registers(4, 8)}, %r12, {tile};
+        mad.wide.u32 %rd1, %r21, 32, %y; mad.wide.u32 %rd1, %r22, 8, %rd1;
+        st.global.v2.b32 [%rd1], {registers(2, 8)}; st.global.v2.b32 [%rd1 + 256], {registers(2, 10)};"""
+    y = torch.zeros(16, 8, dtype=torch.int32 if out == "s32" else torch.float32)
+    run(body, x, y)
+    assert torch.equal(y.double(), dense[16 * tile : 16 * tile + 16].double() @ right.double().T)

@@ -24,7 +24,7 @@ def inputs(tokens, in_features, seed=0):
 @pytest.mark.parametrize(
     ("bits", "group_size", "symmetric", "in_features", "tokens", "splits", "deterministic"),
     [
-        (4, 128, True, 320, 17, 2, True),  # half a block is missing at the end
+        (4, 64, True, 320, 17, 2, True),  # half a block is missing at the end
         (4, 32, False, 96, 3, 1, True),
         (4, 200, False, 200, 1, 2, False),  # one group
         (2, 64, False, 128, 16, 1, True),
