@@ -13,7 +13,7 @@ import torch
 from compress.calib.gradients import FIELDS, LOGITS_AT_ONCE
 from compress.calib.model import Model
 from compress.calib.observe import shared_inputs, stages
-from compress.distill import LOGITS_AT_ONCE as TRAINING_LOGITS
+from compress.distill import POSITIONS, WORDS
 from compress.measure import measures
 from compress.pipeline import open_model, rehearse_allocation
 from compress.plan import PlannedLayer, packed_layers, plan_format, plan_layers
@@ -280,7 +280,7 @@ def _training_memory(model: Model, layers: list[PlannedLayer], recipe: Recipe, c
     inside = sum(sum(layer.shape) for layer in layers) // model.n_blocks
     entering = model.n_blocks * model.config.get_text_config().hidden_size
     decoded = 8 * _largest(layer.n_weights for layer in layers)
-    return int(IMPORTS + compressed + decoded + longest * width * (2 * inside + entering) + 6 * TRAINING_LOGITS)
+    return int(IMPORTS + compressed + decoded + longest * width * (2 * inside + entering) + 24 * POSITIONS * WORDS)
 
 
 def _largest(values: Iterable[int]) -> int:

@@ -19,6 +19,7 @@ IMPLEMENTATIONS = (  # where none was measured, the first that serves a case tak
     "compress.kernels.wna16.cpu:DecodedNibbles",
     "compress.kernels.wna16.cpu_bytes:DecodedBytes",
     "compress.kernels.gpu:TritonW8A8",
+    "compress.kernels.gpu:GluonFragments",
     "compress.kernels.gpu:TritonInt",
     "compress.kernels.gpu:TritonSparse24",
     "compress.kernels.gpu:TritonCodebook",

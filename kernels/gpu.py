@@ -11,6 +11,8 @@ from torch import Tensor
 from compress.kernels.codebook import ops as codebook_ops
 from compress.kernels.codebook.layout import UnpackedCodebookWeight
 from compress.kernels.codebook_weight import CodebookWeight
+from compress.kernels.fragments import ops as fragment_ops
+from compress.kernels.fragments.layout import FragmentWeight
 from compress.kernels.implementation import Case, Implementation
 from compress.kernels.sparse24 import ops as sparse24_ops
 from compress.kernels.sparse24.layout import SlicedSparse24Weight
@@ -21,6 +23,7 @@ from compress.kernels.weights import IntWeight, PackedWeight
 from compress.kernels.wna16 import ops as wna16_ops
 from compress.kernels.wna16.layout import SlicedWeight
 
+PARTED_FROM = 65  # tokens from which weights in fragments are read three times
 DENSE_FROM = 129  # tokens from which a dequantized weight and a dense product are faster
 
 
@@ -81,6 +84,24 @@ class _Dequantized(_Laid):
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, in] to [tokens, out]."""
         return torch.nn.functional.linear(x, self.OPS.dequantize(self.laid, self.dtype))
+
+
+class GluonFragments(_Product):
+    """Codes of integers, dense or 2:4, in the order of fragments: kernels/fragments."""
+
+    NAME = "gluon-fragments"
+    ABOUT = "Gluon: up to 32 tokens on an NVIDIA GPU, and some more"
+    OPS = fragment_ops
+    BEATEN_FROM = PARTED_FROM
+
+    @classmethod
+    def lay(cls, weight: PackedWeight) -> FragmentWeight:
+        """In tiles of 32 outputs."""
+        if isinstance(weight, Sparse24IntWeight):
+            return FragmentWeight.from_sparse(weight)
+        if not isinstance(weight, IntWeight):
+            raise TypeError(type(weight).__name__)
+        return FragmentWeight.from_int(weight)
 
 
 class TritonInt(_Product):

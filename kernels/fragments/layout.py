@@ -34,6 +34,7 @@ ROWS = 4  # of them to a lane
 LANES = 32
 VECTOR = 4  # words of a load
 BITS = (2, 4, 8)
+ASCENDING = 0 | 1 << PLACE_BITS  # places of a four that fills up: tensor cores take ascending ones only
 
 
 def block_inputs(bits: int, sparse: bool) -> int:
@@ -85,7 +86,7 @@ class FragmentWeight:
         kept = _tiles(unpack(weight.packed, weight.bits, n_kept)).unflatten(-1, (-1, 4, 2, 4, KEPT))
         words = _words(kept.permute(0, 3, 2, 6, 4, 1, 7, 5), weight.bits)  # tiles, blocks, g, t, e, i, c, q
         pairs = unpack(weight.places, PLACE_BITS, n_kept).unflatten(-1, (-1, KEPT))
-        fours = _tiles(pairs[..., 0] | pairs[..., 1] << PLACE_BITS).unflatten(-1, (-1, 2, 2, 2, 4))
+        fours = _tiles(pairs[..., 0] | pairs[..., 1] << PLACE_BITS, ASCENDING).unflatten(-1, (-1, 2, 2, 2, 4))
         ordered = fours.unflatten(1, (2, 2)).permute(0, 4, 3, 6, 7, 1, 5, 2, 8)  # e % 2, h, i // 2, e // 2, i % 2, u
         places = pack(ordered.flatten(-2), OF).flatten(-3).flatten(2, 4)
         return cls(words, places.contiguous(), *_sides(weight), weight.bits, weight.group_size, *weight.shape)
@@ -128,10 +129,10 @@ class FragmentWeight:
         return scale, zero_point
 
 
-def _tiles(rows: Tensor) -> Tensor:
-    """[out, ...] as [tiles, 4 i, 8 g, ...], filled up with zeros."""
+def _tiles(rows: Tensor, fill: int = 0) -> Tensor:
+    """[out, ...] as [tiles, 4 i, 8 g, ...], filled up."""
     missing = -len(rows) % TILE
-    padded = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
+    padded = torch.cat([rows, rows.new_full((missing, *rows.shape[1:]), fill)]) if missing else rows
     return padded.unflatten(0, (-1, ROWS, 8))
 
 

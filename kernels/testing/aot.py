@@ -70,6 +70,8 @@ def compile_kernel(config: KernelConfig, arch: int | str) -> Compiled:
     else:
         target = GPUTarget("hip", arch, 32 if arch.startswith(WAVE32) else 64)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    if config.max_registers is not None and isinstance(arch, int):
+        options["maxnreg"] = config.max_registers
     kernel = triton.compile(source, target=target, options=options)
     facts = config.name, arch
     if isinstance(arch, str):

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from compress.kernels.gemm.configs import KernelConfig
-from compress.kernels.testing.examples import Outcome, run_codebook, run_sparse24, run_w8a8, run_wna16
+from compress.kernels.testing.examples import (
+    Outcome,
+    run_codebook,
+    run_fragments,
+    run_sparse24,
+    run_w8a8,
+    run_wna16,
+)
 
 PORTABLE = {  # plain Triton cannot keep weights in the order of fragments; few tokens have kernels that do
     "issue": "tl.dot reorders weights on the way",
@@ -32,16 +39,28 @@ class Subject:
 def subjects() -> tuple[Subject, ...]:
     """All kernels that are checked; imports Triton."""
     from compress.kernels.codebook import triton as codebook
+    from compress.kernels.fragments import gluon as fragments
     from compress.kernels.sparse24 import triton as sparse24
     from compress.kernels.w8a8 import triton as w8a8
     from compress.kernels.wna16 import triton as wna16
 
     return (
+        *(_decoding(c) for c in fragments.CONFIGS),
         *(_portable(c, _wna16_bits(c), run_wna16, "low_ptr", "high_ptr") for c in wna16.CONFIGS),
         *(_portable(c, 8, run_w8a8, "codes_ptr") for c in w8a8.CONFIGS),
         *(_portable(c, _sparse24_bits(c), run_sparse24, "values_ptr", "places_ptr") for c in sparse24.CONFIGS),
         *(_portable(c, _codebook_bits(c), run_codebook, "codes_ptr") for c in codebook.CONFIGS),
     )
+
+
+def _decoding(config: KernelConfig) -> Subject:
+    """A kernel for few tokens, which memory is to set the pace of."""
+    constants, sparse = config.constexprs, "places_ptr" in config.signature
+    bits = constants["WORDS"] / constants["BLOCK_K"] + sparse + _side_bits(config)
+    waived = {"issue": "two bits arrive faster than they are decoded"} if bits < 3 else {}
+    tensors = ("words_ptr", "places_ptr") if sparse else ("words_ptr",)
+    share = 0.5 if constants["BLOCK_M"] <= 16 else 0.75
+    return Subject(config, bits, partial(run_fragments, config), tensors, share, waived)
 
 
 def _portable(config: KernelConfig, bits: float, run: Callable[[KernelConfig], Outcome], *tensors: str) -> Subject:

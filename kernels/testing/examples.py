@@ -44,16 +44,38 @@ def run_sparse24(config: KernelConfig) -> Outcome:
     from compress.kernels.sparse24.layout import SlicedSparse24Weight
     from compress.kernels.sparse24.triton import matmul
 
-    launch, inputs, field = _launch(config), _inputs(config), config.constexprs["FIELD"]
+    launch, inputs = _launch(config), _inputs(config)
     group, symmetric = config.constexprs["GROUP"] or inputs, "zero_ptr" not in config.signature
-    dense = random_int_weight((launch.block_n, inputs), field, group, symmetric)
-    scores = torch.rand(launch.block_n, inputs // 4, 4, generator=torch.Generator().manual_seed(2))
-    keep = (scores.argsort(-1).argsort(-1) < 2).flatten(1)
-    zero_point = 2 ** (field - 1) if dense.zero_point is None else dense.zero_point.repeat_interleave(group, 1)
-    codes = torch.where(keep, dense.codes(), zero_point)
-    pruned = IntWeight(pack(codes.to(torch.uint8), field), dense.scale, dense.zero_point, field, group, inputs)
-    weight, x = Sparse24IntWeight.from_int(pruned, keep), _tokens(config, inputs)
+    weight = _pruned(random_int_weight((launch.block_n, inputs), config.constexprs["FIELD"], group, symmetric))
+    x = _tokens(config, inputs)
     return _product(matmul(x, SlicedSparse24Weight.from_sparse(weight), launch=launch), x, weight.dequantize())
+
+
+def run_fragments(config: KernelConfig) -> Outcome:
+    """Integer weights, dense or 2:4, in the order of fragments."""
+    from compress.kernels.fragments.gluon import matmul
+    from compress.kernels.fragments.layout import FragmentWeight
+
+    constants, launch, inputs = config.constexprs, _launch(config), _inputs(config)
+    sparse, group = "places_ptr" in config.signature, constants["GROUP"] or inputs
+    bits = constants["WORDS"] * (2 if sparse else 1) // constants["BLOCK_K"]
+    dense = random_int_weight((launch.block_n, inputs), bits, group, "zero_ptr" not in config.signature)
+    weight = _pruned(dense) if sparse else dense
+    laid = FragmentWeight.from_sparse(weight) if isinstance(weight, Sparse24IntWeight) else FragmentWeight.from_int(dense)
+    x = torch.randn(launch.block_m - 3, inputs, generator=_seeded(1))
+    x = x.to(torch.bfloat16 if " bf16 " in config.name else torch.float16)
+    return _product(matmul(x, laid, launch=launch), x, weight.dequantize())
+
+
+def _pruned(dense: IntWeight) -> Sparse24IntWeight:
+    """Two in every four of its weights."""
+    (outputs, inputs), bits, group = dense.shape, dense.bits, dense.group_size
+    scores = torch.rand(outputs, inputs // 4, 4, generator=_seeded(2))
+    keep = (scores.argsort(-1).argsort(-1) < 2).flatten(1)
+    zero_point = 2 ** (bits - 1) if dense.zero_point is None else dense.zero_point.repeat_interleave(group, 1)
+    codes = torch.where(keep, dense.codes(), zero_point)
+    pruned = IntWeight(pack(codes.to(torch.uint8), bits), dense.scale, dense.zero_point, bits, group, inputs)
+    return Sparse24IntWeight.from_int(pruned, keep)
 
 
 def run_codebook(config: KernelConfig) -> Outcome:

@@ -27,6 +27,7 @@ MOST_REGISTERS_DECODING = 168  # so that three CTAs of four warps fit
 REFETCHED = 1.02
 MOST_ERROR = 1.25  # times that of the dtype
 TOLERANCE = 1.03
+OUTRUN = (100,)  # memory that no mma.sync kernel keeps up with: the budget is shown, not asked for
 FIGURES = ("registers", "spills", "shared", "per_weight", "fetched_bits", "conflicts", "error")  # less is better
 
 Work = tuple[int, int | str, Path, bool]  # number of a kernel, architecture, folder of compiled ones, whether it is run
@@ -44,6 +45,7 @@ class Row:
     matrix: str = ""  # matrix instructions of the main loop
     per_weight: float | None = None  # instructions of a thread
     budget: float | None = None  # how many there may be before memory waits for them
+    ceiling: float | None = None  # times as fast as float16 weights from memory can be
     fetched_bits: float | None = None  # of each weight
     stored_bits: float | None = None
     efficiency: float | None = None  # of the sectors fetched of the weight
@@ -105,6 +107,7 @@ def _read(row: Row, subject: Subject, compiled: Compiled, arch: int) -> None:
     row.budget = gpu.budget(subject.bits)
     if config.weights_per_loop:
         row.per_weight = code.per_weight(config.weights_per_loop)
+        row.ceiling = 16 / subject.bits * min(1, row.budget / row.per_weight)
     decoding = subject.share is not None
     gates = {
         "spills": code.spills == 0,
@@ -112,10 +115,15 @@ def _read(row: Row, subject: Subject, compiled: Compiled, arch: int) -> None:
         "shared": code.shared_bytes <= gpu.shared_bytes,
         "loads": code.wide_loads(),
         "matrix": _right_matrix(code, config.mma, arch),
-        "issue": subject.share is None or row.per_weight is None or row.per_weight <= subject.share * row.budget,
+        "issue": arch in OUTRUN or _within(subject.share, row),
         "conversions": not decoding or code.conversions == 0,
     }
     _judge(row, subject, gates)
+
+
+def _within(share: float | None, row: Row) -> bool:
+    """Whether instructions take no more than this share of the budget; None: of any."""
+    return share is None or row.per_weight is None or row.budget is None or row.per_weight <= share * row.budget
 
 
 def _right_matrix(code: Code, wanted: str | None, arch: int) -> bool:
@@ -178,6 +186,7 @@ COLUMNS: Mapping[str, Callable[[Row], Any]] = {
     "matrix": lambda r: r.matrix,
     "instr/w": lambda r: r.per_weight,
     "% budget": lambda r: round(100 * r.per_weight / r.budget) if r.per_weight and r.budget else None,
+    "x fp16": lambda r: r.ceiling,
     "bits/w": lambda r: r.fetched_bits,
     "sectors": lambda r: r.efficiency,
     "banks": lambda r: r.conflicts,

@@ -41,7 +41,8 @@ def plain(student, teacher, kl, ce, at):
 @pytest.mark.parametrize(("kl", "ce"), [(1.0, 0.0), (1.0, 0.06), (0.5, 2.0), (0.0, 1.0)])
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])  # gemma2 caps its logits
 def test_the_distillation_loss_in_pieces_is_the_plain_one(monkeypatch, architecture, kl, ce, share):
-    monkeypatch.setattr(distill, "LOGITS_AT_ONCE", 3 * 5 * 200)  # five positions at a time
+    monkeypatch.setattr(distill, "POSITIONS", 5)
+    monkeypatch.setattr(distill, "WORDS", 60)
     student, teacher = models(architecture)
     at = positions(share)
     weight = student.base_model.layers[0].mlp.down_proj.weight.requires_grad_()
@@ -80,10 +81,30 @@ def test_cross_entropy_is_the_same_by_either_way():
 
 
 def test_no_more_logits_than_allowed_are_held(monkeypatch):
-    monkeypatch.setattr(distill, "LOGITS_AT_ONCE", 3 * 5 * 200)
+    monkeypatch.setattr(distill, "POSITIONS", 5)
+    monkeypatch.setattr(distill, "WORDS", 60)
     student, teacher = models("llama")
+    given = lesson(teacher, 1.0, 0.1, positions())
+    distillation_loss(student, TOKENS, given)  # which finds out that words can be taken apart
     sizes = []
     head = student.lm_head.register_forward_hook(lambda module, args, out: sizes.append(out.numel()))
-    distillation_loss(student, TOKENS, lesson(teacher, 1.0, 0.1, positions()))
+    distillation_loss(student, TOKENS, given)
     head.remove()
-    assert max(sizes) == 5 * 200 and sum(sizes) == 45 * 200
+    assert max(sizes) == 5 * 60 and sum(sizes) == 2 * 45 * 200
+    assert student.lm_head.weight.shape == (200, student.config.hidden_size)
+
+
+def test_a_head_that_mixes_words_is_taken_whole(monkeypatch):
+    monkeypatch.setattr(distill, "POSITIONS", 5)
+    monkeypatch.setattr(distill, "WORDS", 60)
+    (student, teacher), at = models("llama"), positions()
+    for each in (student, teacher):
+        each.lm_head.register_forward_hook(lambda module, args, out: out * (out.shape[-1] / 100))
+    weight = student.base_model.layers[0].mlp.down_proj.weight.requires_grad_()
+    wanted, ours = (
+        plain(student, teacher, 1.0, 0.3, at),
+        distillation_loss(student, TOKENS, lesson(teacher, 1.0, 0.3, at)),
+    )
+    torch.testing.assert_close(ours.detach(), wanted.detach(), atol=1e-5, rtol=1e-5)
+    gradients = [torch.autograd.grad(each, weight)[0] for each in (ours, wanted)]
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)

@@ -161,7 +161,8 @@ def test_the_adapters_of_masked_channels_learn_while_the_frozen_branch_is_cut(tm
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "cohere"])
 def test_the_loss_in_pieces_is_transformers_own(monkeypatch, architecture):
-    monkeypatch.setattr("compress.distill.LOGITS_AT_ONCE", 7 * 200)
+    monkeypatch.setattr("compress.distill.POSITIONS", 7)
+    monkeypatch.setattr("compress.distill.WORDS", 60)
     lm, tokens = tiny_lm(architecture), windows(3)
     weight = lm.base_model.layers[0].mlp.up_proj.weight
     lm.requires_grad_(False)
