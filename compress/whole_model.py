@@ -166,8 +166,8 @@ def _write(model: Model, structures: Structures, keep: Masks, run: RunDir, figur
         replace_file(folder / file.name, partial(shutil.copyfile, file))
     write_json(folder / "pruned.json", figures)
     config = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
-    config.pop("quantization_config", None)
-    config.pop("torch_dtype", None)
+    for stale in ("quantization_config", "compress_adapter", "torch_dtype"):
+        config.pop(stale, None)
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     write_json(folder / "config.json", with_sizes(config, figures["sizes"]))
 

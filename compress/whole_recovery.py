@@ -25,12 +25,13 @@ from compress.clock import forget_peak, peak_rss_bytes
 from compress.errors import InputError
 from compress.progress import Reporter
 from compress.recipe import Recipe
+from compress.recover.variants import AdapterOptions
 from compress.recovery import Recovered, TrainOptions
 from compress.steps import find_method, find_options, whole_model
 from compress.student import student_of, with_results
 from compress.teacher import last_hidden_states
 from compress.trainer import Course, Training, held_out
-from compress.training import Session
+from compress.training import Session, require_peft
 from compress.training_budget import TrainingBudget
 from compress.whole_model import Teller, prunes_whole_model
 from compress.work import Work
@@ -59,6 +60,8 @@ def prepare_recovery(recipe: Recipe) -> None:
     for name in trained:
         if not recipe.quantizes and getattr(find_method("recover", name), "PACKED_ONLY", False):
             raise InputError(f"{name} works on quantized layers: give --wbits, or take --recover lora")
+    if any(isinstance(options, AdapterOptions) for _, options in trained_options(recipe)):
+        require_peft()
     if recipe.train is None and recipe.calib.source == "self":
         raise InputError(f"{trained[0]} learns from text that somebody wrote: give --train TEXT")
     if recipe.train is not None:

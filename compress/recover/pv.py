@@ -31,6 +31,7 @@ from compress.recover.codes import Limits, taken_apart
 from compress.recovery import Learner, ParameterGroup, Recovered, Student, StudentLayer, TrainOptions
 
 NEEDS: frozenset[str] = frozenset()
+PACKED_ONLY = True  # there is nothing to do where no layer is quantized
 EPSILON = 1e-16  # added to the root of mean squared gradients, which may be as small as 1e-10
 
 
