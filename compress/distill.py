@@ -154,10 +154,11 @@ class _Heads:
     @torch.no_grad()
     def _normalizer(self, head: Head, hidden: Tensor) -> Tensor:
         """log of the sum over all words of exp(logit), [n, 1] float32."""
-        sums = (head(hidden, words).float().logsumexp(1, keepdim=True) for words in self._pieces())
-        found = next(sums)
-        for each in sums:
-            found = torch.logaddexp(found, each)
+        found = torch.full((len(hidden), 1), -torch.inf, device=hidden.device)
+        for words in self._pieces():
+            logits = head(hidden, words)
+            top = logits.amax(1, keepdim=True).float()
+            found = torch.logaddexp(found, (logits - top).exp_().sum(1, keepdim=True).log_().add_(top))
         return found
 
     def _part(self, hidden: Tensor, states: Tensor, targets: Tensor) -> tuple[float, Tensor]:
@@ -167,7 +168,7 @@ class _Heads:
         total, gradient = 0.0, torch.zeros_like(hidden, dtype=torch.float32)
         for words in self._pieces():
             logits = self.student(hidden, words)
-            log_q = logits.detach().float() - of_student
+            log_q = logits.detach() - of_student  # float32, as what is taken off
             row = ((targets >= words.start) & (targets < words.stop)).nonzero().flatten()
             word = targets[row] - words.start
             total -= self.ce * log_q[row, word].sum(dtype=torch.float64).item()
@@ -175,7 +176,7 @@ class _Heads:
                 slope = log_q.exp_().mul_(self.ce)
             else:
                 with torch.no_grad():
-                    log_p = self.teacher(states, words).float() - of_teacher
+                    log_p = self.teacher(states, words) - of_teacher
                 p = log_p.exp()
                 total += self.kl * torch.dot(p.flatten(), log_p.sub_(log_q).flatten()).item()
                 slope = log_q.exp_().mul_(self.kl + self.ce).sub_(p, alpha=self.kl)

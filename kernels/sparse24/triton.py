@@ -7,8 +7,8 @@ from torch import Tensor
 
 from compress.kernels.gemm.configs import SIZES, KernelConfig
 from compress.kernels.gemm.launch import Epilogue, Launch, check_inputs, default_launch
-from compress.kernels.gemm.triton import code_offset, code_value, multiply, write_tile
-from compress.kernels.sparse24.layout import PLACE_WORDS, ROWS, SlicedSparse24Weight, block_inputs, field_bits
+from compress.kernels.gemm.triton import apart, code_offset, code_value, multiply, write_tile
+from compress.kernels.sparse24.layout import ROWS, SlicedSparse24Weight, block_inputs, field_bits
 
 TILES = (Launch(16, 64), Launch(32, 64))  # more do not fit the registers
 
@@ -32,7 +32,7 @@ def placed(first, second, places, slot: tl.constexpr, lane: tl.constexpr):
 def sparse24_gemm(
     x_ptr,  # [M, K] float16 or bfloat16, rows stride_xm apart
     values_ptr,  # [16 * blocks, N] int32
-    places_ptr,  # [16 * blocks, N] int32, int16 or int8
+    places_ptr,  # [2 * slots * blocks, N] int32
     zero_ptr,  # [groups, N] uint8 or None
     scale_ptr,  # [groups, N]
     bias_ptr,
@@ -57,6 +57,7 @@ def sparse24_gemm(
     """y = x Wᵀ + xa bᵀ + bias; a tile [BLOCK_M, 64] of x is parted into the four lanes of its fours."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     SLOTS: tl.constexpr = BLOCK_K // 64
+    PLACE_ROWS: tl.constexpr = 2 * SLOTS
     split = tl.program_id(2)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -66,13 +67,15 @@ def sparse24_gemm(
     end = tl.minimum(begin + blocks_per_split, tl.cdiv(K, BLOCK_K))
     x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_xm + lanes[None, :]
     rows = begin.to(tl.int64) * 16 * N + r[:, None] * N + n[None, :]
+    place_rows = begin.to(tl.int64) * PLACE_ROWS * N + tl.arange(0, PLACE_ROWS)[:, None] * N + n[None, :]
     if zero_ptr is None:
         offset = code_offset(tl.full((1, BLOCK_N), MIDDLE, tl.int32), DTYPE, FIELD)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for block in range(begin, end):
         values = tl.load(values_ptr + rows, mask=in_n, other=0)
-        places = tl.load(places_ptr + rows, mask=in_n, other=0).to(tl.int32)
+        places = apart(tl.load(places_ptr + place_rows, mask=in_n, other=0), 16)
         rows += 16 * N
+        place_rows += PLACE_ROWS * N
         for slot in tl.static_range(SLOTS):
             k = block * BLOCK_K + slot * 64
             group = n
@@ -117,13 +120,15 @@ def sparse24_dequantize(
 ):
     """The dense weight with its zeros, each value rounded once: one program a block of inputs and BLOCK_N outputs."""
     SLOTS: tl.constexpr = BLOCK_K // 64
+    PLACE_ROWS: tl.constexpr = 2 * SLOTS
     block = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     r, lanes = tl.arange(0, 16), tl.arange(0, 64)
     in_n = (n < N)[None, :]
     rows = (block * 16 + r)[:, None] * N + n[None, :]
     values = tl.load(values_ptr + rows, mask=in_n, other=0)
-    places = tl.load(places_ptr + rows, mask=in_n, other=0).to(tl.int32)
+    place_rows = (block * PLACE_ROWS + tl.arange(0, PLACE_ROWS))[:, None] * N + n[None, :]
+    places = apart(tl.load(places_ptr + place_rows, mask=in_n, other=0), 16)
     for slot in tl.static_range(SLOTS):
         k = block * BLOCK_K + slot * 64
         group = n if GROUP == 0 else tl.minimum(k // GROUP, K // GROUP - 1) * N + n
@@ -188,8 +193,7 @@ def _constants(weight: SlicedSparse24Weight) -> dict[str, int]:
 def _config(bits: int, group_size: int, symmetric: bool, dtype: str, launch: Launch) -> KernelConfig:
     """The product as `matmul` launches it on sizes that are multiples of 16."""
     split = "none" if launch.splits == 1 else "atomic"
-    places = str(PLACE_WORDS[field_bits(bits)]).removeprefix("torch.int")
-    pointers = {"x": dtype, "values": "i32", "places": f"i{places}", "scale": "fp16"}
+    pointers = {"x": dtype, "values": "i32", "places": "i32", "scale": "fp16"}
     pointers |= {"y": dtype if launch.splits == 1 else "fp32"} | ({} if symmetric else {"zero": "u8"})
     absent = {f"{name}_ptr": None for name in ("zero", "bias", "xa", "b") if name not in pointers}
     constants = {"FIELD": field_bits(bits), "MIDDLE": 2 ** (bits - 1), "GROUP": group_size, "EVEN_K": True}

@@ -61,7 +61,9 @@ def run_fragments(config: KernelConfig) -> Outcome:
     bits = constants["WORDS"] * (2 if sparse else 1) // constants["BLOCK_K"]
     dense = random_int_weight((launch.block_n, inputs), bits, group, "zero_ptr" not in config.signature)
     weight = _pruned(dense) if sparse else dense
-    laid = FragmentWeight.from_sparse(weight) if isinstance(weight, Sparse24IntWeight) else FragmentWeight.from_int(dense)
+    laid = (
+        FragmentWeight.from_sparse(weight) if isinstance(weight, Sparse24IntWeight) else FragmentWeight.from_int(dense)
+    )
     x = torch.randn(launch.block_m - 3, inputs, generator=_seeded(1))
     x = x.to(torch.bfloat16 if " bf16 " in config.name else torch.float16)
     return _product(matmul(x, laid, launch=launch), x, weight.dequantize())
