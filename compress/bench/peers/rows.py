@@ -62,7 +62,7 @@ LIGHT = {"iters": 50, "lr": 5e-3}
 METHODS: tuple[tuple[str, str, dict[str, Any], tuple[str, ...]], ...] = (  # peer, method, its settings, columns
     (OURS, "default", {}, tuple(COLUMNS)),
     (OURS, "asymmetric", {"target": ASYMMETRIC}, ("W4 g128",)),
-    (OURS, "the sweep alone", {"drift": 0.0, "options": {"gptq": {"passes": 0}}}, ("W4 g128",)),
+    (OURS, "the sweep alone", {"drift": 0.0, "options": {"gptq": {"passes": 0, "shrink_steps": 5}}}, ("W4 g128",)),
     (OURS, "codebook", {"quantizer": "codebook"}, ("W2 g64",)),
     ("llm-compressor", "rtn", ASYMMETRIC, WEIGHTS),
     ("llm-compressor", "rtn, per token", SYMMETRIC, INPUTS),
