@@ -5,12 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compress.kernels.codebook.layout import UnpackedCodebookWeight
+from compress.kernels.codebook.layout import VECTOR_SIZES, UnpackedCodebookWeight
 from compress.kernels.codebook_weight import CodebookWeight
 from compress.kernels.gemm.launch import Epilogue, unavailable
 from compress.kernels.weights import PackedWeight
-
-VECTOR_SIZES = (2, 4, 8, 16, 32, 64)
 
 
 def supports(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -39,7 +37,8 @@ def matmul(
 
 def dequantize(weight: UnpackedCodebookWeight, dtype: torch.dtype, transposed: bool = False) -> Tensor:
     """The dense weight [out, in], or [in, out] if transposed, contiguous, each value rounded once to `dtype`."""
-    return torch.ops.compress.codebook_dequantize(weight.codes, weight.codebooks, weight.scale, dtype, transposed)
+    tensors = weight.codes, weight.codebooks, weight.scale
+    return torch.ops.compress.codebook_dequantize(*tensors, weight.in_features, dtype, transposed)
 
 
 @torch.library.custom_op("compress::codebook_matmul", mutates_args=())
@@ -53,7 +52,8 @@ def _matmul(
 ) -> Tensor:
     from compress.kernels.codebook.triton import matmul as run
 
-    return run(x, UnpackedCodebookWeight(codes, codebooks, scale), Epilogue(*epilogue), deterministic)
+    weight = UnpackedCodebookWeight(codes, codebooks, scale, x.shape[-1])
+    return run(x, weight, Epilogue(*epilogue), deterministic)
 
 
 @_matmul.register_fake
@@ -65,18 +65,21 @@ def _(
     epilogue: Sequence[Tensor | None],
     deterministic: bool,
 ) -> Tensor:
-    return x.new_empty(*x.shape[:-1], codes.shape[1])
+    return x.new_empty(*x.shape[:-1], codes.shape[2])
 
 
 @torch.library.custom_op("compress::codebook_dequantize", mutates_args=())
-def _dequantize(codes: Tensor, codebooks: Tensor, scale: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
+def _dequantize(
+    codes: Tensor, codebooks: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype, transposed: bool
+) -> Tensor:
     from compress.kernels.codebook.triton import dequantize as run
 
-    return run(UnpackedCodebookWeight(codes, codebooks, scale), dtype, transposed)
+    return run(UnpackedCodebookWeight(codes, codebooks, scale, in_features), dtype, transposed)
 
 
 @_dequantize.register_fake
-def _(codes: Tensor, codebooks: Tensor, scale: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
-    out_features, in_features = UnpackedCodebookWeight(codes, codebooks, scale).shape
-    shape = (in_features, out_features) if transposed else (out_features, in_features)
+def _(
+    codes: Tensor, codebooks: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype, transposed: bool
+) -> Tensor:
+    shape = (in_features, codes.shape[2]) if transposed else (codes.shape[2], in_features)
     return codes.new_empty(shape, dtype=dtype)

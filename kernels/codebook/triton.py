@@ -1,39 +1,46 @@
 """Triton kernels over `UnpackedCodebookWeight`: vectors are gathered whole, added up and multiplied."""
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from compress.kernels.codebook.layout import UnpackedCodebookWeight
+from compress.kernels.codebook.layout import UnpackedCodebookWeight, block_inputs
 from compress.kernels.gemm.configs import SIZES, KernelConfig
 from compress.kernels.gemm.launch import Epilogue, Launch, check_inputs, default_launch
 from compress.kernels.gemm.triton import multiply, write_tile
 
-BLOCK_K = 64  # inputs of one step
-TILES = (Launch(16, 64), Launch(32, 64), Launch(64, 64))
+TILES = tuple(Launch(tokens, 64, num_stages=1) for tokens in (16, 32, 64))  # more stages would gather past the L1 cache
 
 
 @triton.jit
-def gathered(
-    codes, codebooks_ptr, g, n, N, groups, CODEBOOKS: tl.constexpr, VECTORS: tl.constexpr, VECTOR: tl.constexpr
-):
-    """Sums of the vectors of groups g (a column) and outputs n (a row): [len(g), len(n), VECTOR] float32."""
-    element = tl.arange(0, VECTOR)[None, None, :]
-    inside = (g < groups) & (n < N)
-    at = n.to(tl.int64) * groups + g
-    total = tl.zeros((g.shape[0], n.shape[1], VECTOR), tl.float32)
+def load_words(codes_ptr, row, n, N, rows, CODEBOOKS: tl.constexpr, ROWS: tl.constexpr):
+    """Words of codes of one block and outputs n, [ROWS, len(n)] int32 of each codebook; `rows` of all blocks."""
+    at = (row + tl.arange(0, ROWS))[:, None].to(tl.int64) * N + n[None, :]
+    words = ()
     for book in tl.static_range(CODEBOOKS):
-        code = tl.load(codes + book * N.to(tl.int64) * groups + at, mask=inside, other=0).to(tl.int32) & (VECTORS - 1)
-        vectors = codebooks_ptr + (book * VECTORS * VECTOR + code[:, :, None] * VECTOR + element)
-        total += tl.load(vectors).to(tl.float32)
+        words += (tl.load(codes_ptr + book * rows.to(tl.int64) * N + at, mask=(n < N)[None, :], other=0),)
+    return words
+
+
+@triton.jit
+def gathered(words, codebooks_ptr, plane: tl.constexpr, VECTORS: tl.constexpr, VECTOR: tl.constexpr):
+    """Sums of the vectors of one plane: [ROWS, BLOCK_N, VECTOR] float32, or as stored if there is one codebook."""
+    FIELD: tl.constexpr = 8 if VECTORS <= 256 else 16
+    element = tl.arange(0, VECTOR)[None, None, :]
+    for book in tl.static_range(len(words)):
+        code = (words[book] >> (FIELD * plane)) & ((1 << FIELD) - 1)
+        vectors = tl.load(codebooks_ptr + (book * VECTORS * VECTOR + code[:, :, None] * VECTOR + element))
+        total = vectors if book == 0 else total.to(tl.float32) + vectors.to(tl.float32)  # noqa: F821
     return total
 
 
 @triton.jit
 def codebook_gemm(
     x_ptr,  # [M, K] float16 or bfloat16, rows stride_xm apart
-    codes_ptr,  # [CODEBOOKS, N, K / VECTOR] uint8 or int16
+    codes_ptr,  # [CODEBOOKS, 64 / VECTOR * blocks, N] int32
     codebooks_ptr,  # [CODEBOOKS, VECTORS, VECTOR]
     scale_ptr,  # [N]
     bias_ptr,
@@ -55,21 +62,23 @@ def codebook_gemm(
     SPLIT: tl.constexpr,
 ):
     """y = x Wᵀ + xa bᵀ + bias; sums of vectors are rounded to the dtype of x, and scaled at the end in float32."""
+    ROWS: tl.constexpr = 64 // VECTOR
     split = tl.program_id(2)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    g, lanes = tl.arange(0, BLOCK_K // VECTOR)[:, None], tl.arange(0, BLOCK_K)
-    begin = split * blocks_per_split
-    end = tl.minimum(begin + blocks_per_split, tl.cdiv(K, BLOCK_K))
+    lanes = tl.arange(0, 64)
+    begin, blocks = split * blocks_per_split, tl.cdiv(K, BLOCK_K)
+    end = tl.minimum(begin + blocks_per_split, blocks)
     x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_xm + lanes[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for block in range(begin, end):
-        first = block * (BLOCK_K // VECTOR)
-        sums = gathered(codes_ptr, codebooks_ptr, first + g, n[None, :], N, K // VECTOR, CODEBOOKS, VECTORS, VECTOR)
-        weight = tl.reshape(tl.permute(sums.to(x_ptr.dtype.element_ty), (0, 2, 1)), (BLOCK_K, BLOCK_N))
-        in_x = (m < M)[:, None] & (block * BLOCK_K + lanes < K)[None, :]
-        x = tl.load(x_rows + block * BLOCK_K, mask=in_x, other=0.0)
-        acc = tl.dot(x, weight, acc)
+        words = load_words(codes_ptr, block * ROWS, n, N, blocks * ROWS, CODEBOOKS, ROWS)
+        for plane in tl.static_range(BLOCK_K // 64):
+            sums = gathered(words, codebooks_ptr, plane, VECTORS, VECTOR)
+            weight = tl.reshape(tl.permute(sums.to(x_ptr.dtype.element_ty), (0, 2, 1)), (64, BLOCK_N))
+            k = block * BLOCK_K + plane * 64
+            x = tl.load(x_rows + k, mask=(m < M)[:, None] & (k + lanes < K)[None, :], other=0.0)
+            acc = tl.dot(x, weight, acc)
     acc *= tl.load(scale_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     write_tile(acc, bias_ptr, xa_ptr, b_ptr, y_ptr, m, n, M, N, rank, split, SPLIT)
 
@@ -92,13 +101,16 @@ def codebook_dequantize(
 ):
     """The dense weight, each value rounded once: one program a block of inputs and BLOCK_N outputs."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    g = tl.program_id(1) * (BLOCK_K // VECTOR) + tl.arange(0, BLOCK_K // VECTOR)
-    sums = gathered(codes_ptr, codebooks_ptr, g[:, None], n[None, :], N, K // VECTOR, CODEBOOKS, VECTORS, VECTOR)
-    weight = sums * tl.load(scale_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :, None]
-    k = g.to(tl.int64)[:, None, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
-    at = n.to(tl.int64)[None, :, None] * stride_yn + k * stride_yk
-    inside = (n < N)[None, :, None] & (k < K)
-    tl.store(y_ptr + at, weight.to(y_ptr.dtype.element_ty), mask=inside)
+    ROWS: tl.constexpr = 64 // VECTOR
+    block = tl.program_id(1)
+    words = load_words(codes_ptr, block * ROWS, n, N, tl.num_programs(1) * ROWS, CODEBOOKS, ROWS)
+    scale = tl.load(scale_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :, None]
+    lanes = tl.arange(0, ROWS)[:, None, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    for plane in tl.static_range(BLOCK_K // 64):
+        weight = gathered(words, codebooks_ptr, plane, VECTORS, VECTOR).to(tl.float32) * scale
+        k = block.to(tl.int64) * BLOCK_K + plane * 64 + lanes
+        at = n.to(tl.int64)[None, :, None] * stride_yn + k * stride_yk
+        tl.store(y_ptr + at, weight.to(y_ptr.dtype.element_ty), mask=(n < N)[None, :, None] & (k < K))
 
 
 def matmul(
@@ -111,7 +123,7 @@ def matmul(
     """y = x Wᵀ + (x Aᵀ) Bᵀ + bias, [..., out] in the dtype of x [..., in]; see `ops.matmul`."""
     out_features, in_features = weight.shape
     check_inputs(x, in_features, weight.codes.device, epilogue, out_features)
-    tokens, blocks = x.numel() // in_features, triton.cdiv(in_features, BLOCK_K)
+    tokens, blocks = x.numel() // in_features, triton.cdiv(in_features, block_inputs(weight.code_bits))
     launch = launch or default_launch((tokens, out_features, blocks), x.device, deterministic, TILES)
     tensors = (weight.codes, weight.codebooks, weight.scale)
     return multiply(codebook_gemm, x, tensors, epilogue, launch, _constants(weight))
@@ -123,7 +135,7 @@ def dequantize(weight: UnpackedCodebookWeight, dtype: torch.dtype, transposed: b
     shape = (in_features, out_features) if transposed else (out_features, in_features)
     dense = torch.empty(shape, dtype=dtype, device=weight.codes.device)
     strides = dense.stride()[::-1] if transposed else dense.stride()
-    grid = (triton.cdiv(out_features, 64), triton.cdiv(in_features, BLOCK_K))
+    grid = (triton.cdiv(out_features, 64), triton.cdiv(in_features, block_inputs(weight.code_bits)))
     tensors = (weight.codes, weight.codebooks, weight.scale)
     codebook_dequantize[grid](*tensors, dense, out_features, in_features, *strides, **_constants(weight), BLOCK_N=64)
     return dense
@@ -131,14 +143,15 @@ def dequantize(weight: UnpackedCodebookWeight, dtype: torch.dtype, transposed: b
 
 def _constants(weight: UnpackedCodebookWeight) -> dict[str, int]:
     n_codebooks, n_vectors, vector_size = weight.codebooks.shape
-    return {"CODEBOOKS": n_codebooks, "VECTORS": n_vectors, "VECTOR": vector_size, "BLOCK_K": BLOCK_K}
+    block_k = block_inputs(weight.code_bits)
+    return {"CODEBOOKS": n_codebooks, "VECTORS": n_vectors, "VECTOR": vector_size, "BLOCK_K": block_k}
 
 
 def _config(n_codebooks: int, code_bits: int, dtype: str, launch: Launch) -> KernelConfig:
     """The product as `matmul` launches it on sizes that are multiples of 16, with vectors of 8."""
-    pointers = {"x": dtype, "codes": "u8" if code_bits <= 8 else "i16", "codebooks": dtype, "scale": "fp16"}
+    pointers = {"x": dtype, "codes": "i32", "codebooks": dtype, "scale": "fp16"}
     pointers["y"] = dtype if launch.splits == 1 else "fp32"
-    constants = {"CODEBOOKS": n_codebooks, "VECTORS": 2**code_bits, "VECTOR": 8, "BLOCK_K": BLOCK_K}
+    constants = {"CODEBOOKS": n_codebooks, "VECTORS": 2**code_bits, "VECTOR": 8, "BLOCK_K": block_inputs(code_bits)}
     constants |= {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
     return KernelConfig(
         name=f"codebook {n_codebooks}x{code_bits} {dtype} {launch.block_m}x{launch.block_n}",
@@ -149,15 +162,15 @@ def _config(n_codebooks: int, code_bits: int, dtype: str, launch: Launch) -> Ker
         | {"SPLIT": "none" if launch.splits == 1 else "atomic"},
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        weights_per_loop=BLOCK_K * launch.block_n,
+        weights_per_loop=block_inputs(code_bits) * launch.block_n,
         mma="HMMA.16816.F32",
         aligned=("N", "K", "stride_xm"),
     )
 
 
 CONFIGS = (
-    _config(2, 8, "fp16", Launch(16, 64, splits=4)),
-    _config(2, 8, "bf16", Launch(16, 64, splits=4)),
-    _config(1, 16, "fp16", Launch(16, 64, splits=4)),
-    _config(2, 8, "bf16", Launch(64, 64)),
+    _config(2, 8, "fp16", replace(TILES[0], splits=4)),
+    _config(2, 8, "bf16", replace(TILES[0], splits=4)),
+    _config(1, 16, "fp16", replace(TILES[0], splits=4)),
+    _config(2, 8, "bf16", TILES[2]),
 )

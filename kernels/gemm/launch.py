@@ -15,6 +15,7 @@ HALF = (torch.float16, torch.bfloat16)
 WAVES = 4  # programs wanted for each multiprocessor, so that memory is kept busy
 EMULATED = "COMPRESS_EMULATED"  # set while kernels/testing/emulate.py runs launches on CPU tensors
 INVARIANT = 32  # most tokens of a tile that any GPU multiplies with the same instructions as 16
+AMD_STAGES = 2  # of a pipeline there: what more of them fetch ahead is kept in registers, which spill
 LEAST_BLOCKS = 4  # of the inputs in one split; fewer do not fill a pipeline
 
 
@@ -64,7 +65,8 @@ def default_launch(
     tile = next((tile for tile in allowed if tile.block_m >= tokens), allowed[-1])
     wanted = WAVES * multiprocessors(device) // -(-out_features // tile.block_n)
     splits = max(1, min(wanted, blocks // LEAST_BLOCKS))
-    return replace(tile, splits=splits, deterministic=deterministic)
+    stages = tile.num_stages if torch.version.hip is None else min(tile.num_stages, AMD_STAGES)
+    return replace(tile, num_stages=stages, splits=splits, deterministic=deterministic)
 
 
 @functools.cache

@@ -62,21 +62,13 @@ def sum_splits(partial_ptr, bias_ptr, y_ptr, N, size, SPLITS: tl.constexpr, BLOC
 
 
 @triton.jit
-def apart(words, ROWS: tl.constexpr):
-    """Words that several rows share, one for each row: [rows, BLOCK_N] int32 to [ROWS, BLOCK_N].
+def load_apart(pointers, inside, axis: tl.constexpr):
+    """Load a tile by pointers to it, 0 outside; loads of one `axis` get a memory layout of their own.
 
-    Row r gets word r % rows, with its own bits lowest: those from 32 rows / ROWS * (r // rows). Loads of a tensor in
-    halfwords would set the layout of every load of the same shape, and words would be read in halves of sectors.
+    Triton gives loads of one shape one layout: beside elements of two bytes, words would be read in halves of sectors.
     """
-    SHARING: tl.constexpr = ROWS // words.shape[0]
-    tl.static_assert(SHARING == 1 or SHARING == 2 or SHARING == 4)
-    rows = words
-    if SHARING == 2:
-        rows = tl.permute(tl.join(words, words >> 16), (2, 0, 1))
-    if SHARING == 4:
-        halves, quarters = tl.join(words, words >> 16), tl.join(words >> 8, words >> 24)
-        rows = tl.permute(tl.join(halves, quarters), (2, 3, 0, 1))
-    return tl.reshape(rows, (ROWS, words.shape[1]))
+    tile = tl.load(tl.expand_dims(pointers, axis), mask=tl.expand_dims(inside, axis), other=0)
+    return tl.reshape(tile, pointers.shape)
 
 
 @triton.jit

@@ -1,14 +1,13 @@
 """Kept codes and their places as planes of 16 fours, beside each other in memory for all outputs.
 
 Inputs are cut into blocks of S slots of 64, S = 16 / w with w the bits of a field: 2, 4 or 8, the least that holds a
-code. With f = 16 S b + 16 s + r the number of a four of consecutive inputs, words of output n hold
+code. With f = 16 S b + 16 s + r the number of a four of consecutive inputs, the words in row 16 b + r of output n hold
 
-    values[16 b + r, n] bits [2 w s, 2 w s + w), [2 w s + w, 2 w (s + 1))   =  the two codes kept of four f,
-    places[2 S b + r % (2 S), n] bits [4 q, 4 q + 2), [4 q + 2, 4 (q + 1))  =  where they lie in it, ascending,
+    values[16 b + r, n] bits [2 w s, 2 w s + w), [2 w s + w, 2 w (s + 1))  =  the two codes kept of four f,
+    places[16 b + r, n] bits [4 s, 4 s + 2), [4 s + 2, 4 (s + 1))          =  where they lie in it, ascending.
 
-with q = S (r // (2 S)) + s: places of a row need 4 S bits, and rows that lie 2 S apart share a word. A slot of all words
-of a block is then a tile [16 fours, outputs], and inputs stay in their order. Fours beyond the last fill up a block with
-zeros; kernels read zeros for their inputs.
+A slot of all words of a block is then a tile [16 fours, outputs], and inputs stay in their order. Fours beyond the last
+fill up a block with zeros; kernels read zeros for their inputs.
 """
 
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from compress.kernels.packing import pack, unpack
 from compress.kernels.sparse24_weight import KEPT, OF, PLACE_BITS, Sparse24IntWeight
 
 ROWS = 16  # fours of a slot
+PLACE_WORDS = {2: torch.int32, 4: torch.int16, 8: torch.int8}  # by bits of a field: 4 S bits
 
 
 def field_bits(bits: int) -> int:
@@ -32,17 +32,12 @@ def block_inputs(bits: int) -> int:
     return ROWS * OF * 16 // field_bits(bits)
 
 
-def place_rows(bits: int) -> int:
-    """Rows of words that hold the places of one block: 16 for 2 bits, 8 up to 4, 4 up to 8."""
-    return 2 * ROWS // field_bits(bits)
-
-
 @dataclass(frozen=True)
 class SlicedSparse24Weight:
     """A `Sparse24IntWeight` in slots, outputs side by side in memory."""
 
     values: Tensor  # [16 * blocks, out] int32
-    places: Tensor  # [2 * slots * blocks, out] int32
+    places: Tensor  # [16 * blocks, out] int32, int16 or int8
     scale: Tensor  # [groups, out] float16 or bfloat16
     zero_point: Tensor | None  # [groups, out] uint8; None: symmetric, 2**(bits - 1) everywhere
     bits: int
@@ -58,33 +53,33 @@ class SlicedSparse24Weight:
     def from_sparse(cls, weight: Sparse24IntWeight) -> "SlicedSparse24Weight":
         """The same codes and places in this order."""
         block, n_kept = block_inputs(weight.bits), weight.in_features // OF * KEPT
-        values = _sliced(unpack(weight.packed, weight.bits, n_kept), block, field_bits(weight.bits), ROWS)
-        places = _sliced(unpack(weight.places, PLACE_BITS, n_kept), block, PLACE_BITS, place_rows(weight.bits))
+        values = _sliced(unpack(weight.packed, weight.bits, n_kept), block, field_bits(weight.bits))
+        places = _sliced(unpack(weight.places, PLACE_BITS, n_kept), block, PLACE_BITS)
         zero_point = None if weight.zero_point is None else weight.zero_point.T.contiguous()
         facts = weight.bits, weight.group_size, weight.in_features
+        places = places.to(PLACE_WORDS[field_bits(weight.bits)])
         return cls(values, places, weight.scale.T.contiguous(), zero_point, *facts)
 
     def to_sparse(self) -> Sparse24IntWeight:
         """The inverse of `from_sparse`."""
         n_kept = self.in_features // OF * KEPT
-        codes = _in_order(self.values, field_bits(self.bits), ROWS)[:, :n_kept]
-        places = _in_order(self.places, PLACE_BITS, place_rows(self.bits))[:, :n_kept]
+        fields = 32 // field_bits(self.bits)
+        codes = _in_order(self.values, field_bits(self.bits), fields)[:, :n_kept]
+        places = _in_order(self.places.int(), PLACE_BITS, fields)[:, :n_kept]
         zero_point = None if self.zero_point is None else self.zero_point.T.contiguous()
         facts = self.bits, self.group_size, self.in_features
         packed = pack(codes, self.bits), pack(places, PLACE_BITS)
         return Sparse24IntWeight(*packed, self.scale.T.contiguous(), zero_point, *facts)
 
 
-def _sliced(kept: Tensor, block: int, width: int, rows: int) -> Tensor:
-    """Two fields a four, [out, in / 2] in the order of the inputs, as int32 words [rows * blocks, out]."""
+def _sliced(kept: Tensor, block: int, width: int) -> Tensor:
+    """Two fields a four, [out, in / 2] in the order of the inputs, as int32 words [16 * blocks, out]."""
     padded = torch.nn.functional.pad(kept, (0, -kept.shape[1] % (block // OF * KEPT)))
-    slots = block // OF // ROWS
-    fours = padded.unflatten(1, (-1, slots, ROWS // rows, rows, KEPT)).permute(1, 4, 0, 3, 2, 5)
-    return pack(fours.flatten(-3), width)[..., 0].flatten(0, 1)
+    fours = padded.unflatten(1, (-1, block // OF // ROWS, ROWS, KEPT))  # [out, blocks, S, 16, 2]
+    return pack(fours.permute(1, 3, 0, 2, 4).flatten(-2), width)[..., 0].flatten(0, 1)
 
 
-def _in_order(words: Tensor, width: int, rows: int) -> Tensor:
+def _in_order(words: Tensor, width: int, fields: int) -> Tensor:
     """The inverse of `_sliced`, with what fills up the last block."""
-    flat = unpack(words.unsqueeze(-1), width, 32 // width)  # [rows * blocks, out, 2 S * 16 / rows]
-    fours = flat.unflatten(2, (ROWS // rows, -1, KEPT)).unflatten(0, (-1, rows))
-    return fours.permute(2, 0, 4, 3, 1, 5).flatten(1)
+    flat = unpack(words.unsqueeze(-1), width, fields)  # [16 * blocks, out, 2 S]
+    return flat.unflatten(2, (-1, KEPT)).unflatten(0, (-1, ROWS)).permute(2, 0, 3, 1, 4).flatten(1)

@@ -7,10 +7,14 @@ from torch import Tensor
 
 from compress.kernels.gemm.configs import SIZES, KernelConfig
 from compress.kernels.gemm.launch import Epilogue, Launch, check_inputs, default_launch
-from compress.kernels.gemm.triton import apart, code_offset, code_value, multiply, write_tile
-from compress.kernels.sparse24.layout import ROWS, SlicedSparse24Weight, block_inputs, field_bits
+from compress.kernels.gemm.triton import code_offset, code_value, load_apart, multiply, write_tile
+from compress.kernels.sparse24.layout import PLACE_WORDS, ROWS, SlicedSparse24Weight, block_inputs, field_bits
 
-TILES = (Launch(16, 64), Launch(32, 64))  # more do not fit the registers
+TILES = {  # by bits of a field: what NVIDIA's GPUs do not spill, nor hold in more than 99 KiB of shared memory
+    2: (Launch(16, 64, num_warps=8, num_stages=3),),
+    4: (Launch(16, 64), Launch(32, 64, num_warps=8)),
+    8: (Launch(16, 64), Launch(32, 64)),
+}
 
 
 @triton.jit
@@ -32,7 +36,7 @@ def placed(first, second, places, slot: tl.constexpr, lane: tl.constexpr):
 def sparse24_gemm(
     x_ptr,  # [M, K] float16 or bfloat16, rows stride_xm apart
     values_ptr,  # [16 * blocks, N] int32
-    places_ptr,  # [2 * slots * blocks, N] int32
+    places_ptr,  # [16 * blocks, N] int32, int16 or int8
     zero_ptr,  # [groups, N] uint8 or None
     scale_ptr,  # [groups, N]
     bias_ptr,
@@ -57,7 +61,6 @@ def sparse24_gemm(
     """y = x Wᵀ + xa bᵀ + bias; a tile [BLOCK_M, 64] of x is parted into the four lanes of its fours."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     SLOTS: tl.constexpr = BLOCK_K // 64
-    PLACE_ROWS: tl.constexpr = 2 * SLOTS
     split = tl.program_id(2)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -67,15 +70,13 @@ def sparse24_gemm(
     end = tl.minimum(begin + blocks_per_split, tl.cdiv(K, BLOCK_K))
     x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_xm + lanes[None, :]
     rows = begin.to(tl.int64) * 16 * N + r[:, None] * N + n[None, :]
-    place_rows = begin.to(tl.int64) * PLACE_ROWS * N + tl.arange(0, PLACE_ROWS)[:, None] * N + n[None, :]
     if zero_ptr is None:
         offset = code_offset(tl.full((1, BLOCK_N), MIDDLE, tl.int32), DTYPE, FIELD)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for block in range(begin, end):
-        values = tl.load(values_ptr + rows, mask=in_n, other=0)
-        places = apart(tl.load(places_ptr + place_rows, mask=in_n, other=0), 16)
+        values = load_apart(values_ptr + rows, in_n, 0)  # apart from x as well
+        places = load_apart(places_ptr + rows, in_n, 1).to(tl.int32)
         rows += 16 * N
-        place_rows += PLACE_ROWS * N
         for slot in tl.static_range(SLOTS):
             k = block * BLOCK_K + slot * 64
             group = n
@@ -120,15 +121,13 @@ def sparse24_dequantize(
 ):
     """The dense weight with its zeros, each value rounded once: one program a block of inputs and BLOCK_N outputs."""
     SLOTS: tl.constexpr = BLOCK_K // 64
-    PLACE_ROWS: tl.constexpr = 2 * SLOTS
     block = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     r, lanes = tl.arange(0, 16), tl.arange(0, 64)
     in_n = (n < N)[None, :]
     rows = (block * 16 + r)[:, None] * N + n[None, :]
     values = tl.load(values_ptr + rows, mask=in_n, other=0)
-    place_rows = (block * PLACE_ROWS + tl.arange(0, PLACE_ROWS))[:, None] * N + n[None, :]
-    places = apart(tl.load(places_ptr + place_rows, mask=in_n, other=0), 16)
+    places = load_apart(places_ptr + rows, in_n, 0).to(tl.int32)
     for slot in tl.static_range(SLOTS):
         k = block * BLOCK_K + slot * 64
         group = n if GROUP == 0 else tl.minimum(k // GROUP, K // GROUP - 1) * N + n
@@ -160,7 +159,10 @@ def matmul(
     check_inputs(x, in_features, weight.values.device, epilogue, out_features)
     constants = _constants(weight)
     tokens, blocks = x.numel() // in_features, triton.cdiv(in_features, constants["BLOCK_K"])
-    launch = launch or default_launch((tokens, out_features, blocks), x.device, deterministic, TILES)
+    sizes = tokens, out_features, blocks
+    tiles = TILES[field_bits(weight.bits)]
+    tiles = tiles if torch.version.hip is None else tiles[:1]  # 32 tokens spill on gfx942
+    launch = launch or default_launch(sizes, x.device, deterministic, tiles)
     tensors = (weight.values, weight.places, weight.zero_point, weight.scale)
     constants["EVEN_K"] = in_features % constants["BLOCK_K"] == 0
     return multiply(sparse24_gemm, x, tensors, epilogue, launch, constants)
@@ -193,7 +195,8 @@ def _constants(weight: SlicedSparse24Weight) -> dict[str, int]:
 def _config(bits: int, group_size: int, symmetric: bool, dtype: str, launch: Launch) -> KernelConfig:
     """The product as `matmul` launches it on sizes that are multiples of 16."""
     split = "none" if launch.splits == 1 else "atomic"
-    pointers = {"x": dtype, "values": "i32", "places": "i32", "scale": "fp16"}
+    places = str(PLACE_WORDS[field_bits(bits)]).removeprefix("torch.int")
+    pointers = {"x": dtype, "values": "i32", "places": f"i{places}", "scale": "fp16"}
     pointers |= {"y": dtype if launch.splits == 1 else "fp32"} | ({} if symmetric else {"zero": "u8"})
     absent = {f"{name}_ptr": None for name in ("zero", "bias", "xa", "b") if name not in pointers}
     constants = {"FIELD": field_bits(bits), "MIDDLE": 2 ** (bits - 1), "GROUP": group_size, "EVEN_K": True}
@@ -214,6 +217,8 @@ def _config(bits: int, group_size: int, symmetric: bool, dtype: str, launch: Lau
 CONFIGS = (
     _config(4, 128, True, "fp16", Launch(16, 64, splits=4)),
     _config(4, 128, False, "bf16", Launch(16, 64, splits=4)),
-    _config(4, 128, True, "bf16", Launch(32, 64)),
+    _config(4, 128, True, "bf16", TILES[4][1]),
+    _config(2, 128, False, "bf16", TILES[2][0]),
     _config(8, 0, True, "fp16", Launch(16, 64, splits=4)),
+    _config(8, 128, False, "bf16", TILES[8][1]),
 )

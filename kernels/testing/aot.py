@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 from compress.errors import InputError
 from compress.kernels.gemm.configs import KernelConfig
+from compress.kernels.gemm.launch import AMD_STAGES
 
 BUILD = Path(".build") / "kernels"  # compiled code is kept here, under the current folder
 DIVISIBLE = [["tt.divisibility", 16]]
@@ -69,7 +70,8 @@ def compile_kernel(config: KernelConfig, arch: int | str) -> Compiled:
         target = GPUTarget("cuda", arch, 32)
     else:
         target = GPUTarget("hip", arch, 32 if arch.startswith(WAVE32) else 64)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    stages = config.num_stages if isinstance(arch, int) else min(config.num_stages, AMD_STAGES)
+    options = {"num_warps": config.num_warps, "num_stages": stages, "enable_fp_fusion": True}
     if config.max_registers is not None and isinstance(arch, int):
         options["maxnreg"] = config.max_registers
     kernel = triton.compile(source, target=target, options=options)

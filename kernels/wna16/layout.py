@@ -3,8 +3,8 @@
 Inputs are cut into blocks of 16 P, P = 32 / w planes in fields of w bits (w = bits, but 2 for 3 bits). The word in row
 16 b + r of output n holds, for p = 0 .. P - 1,
 
-    low[16 b + r, n] bits [w p, w (p + 1))        =  code of input 16 P b + 16 p + r  (its lower two bits of three),
-    high[8 b + r % 8, n] bit 16 (r // 8) + p      =  its third bit.
+    low[16 b + r, n] bits [w p, w (p + 1))  =  code of input 16 P b + 16 p + r  (its lower two bits of three),
+    high[16 b + r, n] bit p                 =  its third bit.
 
 A field of all words of a block is a tile [16 inputs, outputs] in the order of the inputs, so nothing is transposed or
 shuffled. Inputs beyond the last fill up a block with code 0; kernels read zeros for them.
@@ -19,7 +19,6 @@ from compress.kernels.packing import pack, unpack
 from compress.kernels.weights import IntWeight
 
 ROWS = 16  # inputs of a plane: the least depth of a product of 16-bit tiles
-HIGH_ROWS = 8  # of words of third bits in a block
 BITS = (2, 3, 4, 8)
 
 
@@ -38,7 +37,7 @@ class SlicedWeight:
     """An `IntWeight` in planes, outputs side by side in memory."""
 
     low: Tensor  # [16 * blocks, out] int32
-    high: Tensor | None  # [8 * blocks, out] int32; only for 3 bits
+    high: Tensor | None  # [16 * blocks, out] int16; only for 3 bits
     scale: Tensor  # [groups, out] float16 or bfloat16
     zero_point: Tensor | None  # [groups, out] uint8; None: symmetric, 2**(bits - 1) everywhere
     bits: int
@@ -57,7 +56,7 @@ class SlicedWeight:
         codes = torch.nn.functional.pad(weight.codes(), (0, -weight.in_features % block))
         planes = codes.unflatten(1, (-1, block // ROWS, ROWS)).permute(1, 3, 0, 2)  # [blocks, 16, out, P]
         low = pack(planes & (2**field - 1), field)[..., 0].flatten(0, 1)
-        high = _third_bits(planes >> 2) if weight.bits == 3 else None
+        high = pack(planes >> 2, 1)[..., 0].flatten(0, 1).to(torch.int16) if weight.bits == 3 else None
         zero_point = None if weight.zero_point is None else weight.zero_point.T.contiguous()
         facts = weight.bits, weight.group_size, weight.in_features
         return cls(low, high, weight.scale.T.contiguous(), zero_point, *facts)
@@ -67,15 +66,8 @@ class SlicedWeight:
         planes_of = block_inputs(self.bits) // ROWS
         planes = unpack(self.low.unsqueeze(-1), field_bits(self.bits), planes_of)  # [16 * blocks, out, P]
         if self.high is not None:
-            both = unpack(self.high.unsqueeze(-1), 1, 32).unflatten(2, (2, -1)).unflatten(0, (-1, HIGH_ROWS))
-            planes = planes | both.permute(0, 3, 1, 2, 4).flatten(0, 2) << 2
+            planes = planes | unpack(self.high.int().unsqueeze(-1), 1, planes_of) << 2
         codes = planes.unflatten(0, (-1, ROWS)).permute(2, 0, 3, 1).flatten(1)[:, : self.in_features]
         zero_point = None if self.zero_point is None else self.zero_point.T.contiguous()
         packed, scale = pack(codes, self.bits), self.scale.T.contiguous()
         return IntWeight(packed, scale, zero_point, self.bits, self.group_size, self.in_features)
-
-
-def _third_bits(planes: Tensor) -> Tensor:
-    """Bits [blocks, 16, out, 16] as int32 words [8 * blocks, out]."""
-    halves = planes.unflatten(1, (-1, HIGH_ROWS)).permute(0, 2, 3, 1, 4)  # [blocks, 8, out, 2, 16]
-    return pack(halves.flatten(3), 1)[..., 0].flatten(0, 1)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from compress.kernels.gemm.configs import SIZES, KernelConfig
 from compress.kernels.gemm.launch import Epilogue, Launch, check_inputs, default_launch
-from compress.kernels.gemm.triton import apart, code_offset, code_value, multiply, write_tile
+from compress.kernels.gemm.triton import code_offset, code_value, load_apart, multiply, write_tile
 from compress.kernels.wna16.layout import ROWS, SlicedWeight, block_inputs
 
 
@@ -34,7 +34,7 @@ def group_offset(zero_ptr, group, inside, BITS: tl.constexpr, DTYPE: tl.constexp
 def wna16_gemm(
     x_ptr,  # [M, K] float16 or bfloat16, rows stride_xm apart
     low_ptr,  # [16 * blocks, N] int32
-    high_ptr,  # [8 * blocks, N] int32 or None
+    high_ptr,  # [16 * blocks, N] int16 or None
     zero_ptr,  # [groups, N] uint8 or None
     scale_ptr,  # [groups, N]
     bias_ptr,  # [N] or None
@@ -68,15 +68,13 @@ def wna16_gemm(
     last = tl.minimum(first + blocks_per_split, tl.cdiv(K, BLOCK_K))
     x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_xm + r[None, :]
     rows = first.to(tl.int64) * 16 * N + r[:, None] * N + n[None, :]
-    high_rows = first.to(tl.int64) * 8 * N + tl.arange(0, 8)[:, None] * N + n[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for block in range(first, last):
         low = tl.load(low_ptr + rows, mask=in_n, other=0)
         high = low
         if high_ptr is not None:
-            high = apart(tl.load(high_ptr + high_rows, mask=in_n, other=0), 16)
+            high = load_apart(high_ptr + rows, in_n, 0).to(tl.int32)
         rows += 16 * N
-        high_rows += 8 * N
         for part in tl.static_range(PLANES // PLANES_PER_GROUP):
             k = block * BLOCK_K + part * PLANES_PER_GROUP * 16
             # what fills up the last block belongs to any group: it counts for nothing
@@ -123,8 +121,7 @@ def wna16_dequantize(
     low = tl.load(low_ptr + rows, mask=in_n, other=0)
     high = low
     if high_ptr is not None:
-        high_rows = (block * 8 + tl.arange(0, 8))[:, None] * N + n[None, :]
-        high = apart(tl.load(high_ptr + high_rows, mask=in_n, other=0), 16)
+        high = load_apart(high_ptr + rows, in_n, 0).to(tl.int32)
     for plane in tl.static_range(PLANES):
         k = block * BLOCK_K + plane * 16
         group = n if GROUP == 0 else tl.minimum(k // GROUP, K // GROUP - 1) * N + n
@@ -182,7 +179,7 @@ def _config(bits: int, group_size: int, symmetric: bool, dtype: str, launch: Lau
     """The product as `matmul` launches it on sizes that are multiples of 16."""
     block_k, split = block_inputs(bits), "none" if launch.splits == 1 else "atomic"
     pointers = {"x": dtype, "low": "i32", "scale": "fp16", "y": dtype if launch.splits == 1 else "fp32"}
-    pointers |= {"high": "i32"} if bits == 3 else {}
+    pointers |= {"high": "i16"} if bits == 3 else {}
     pointers |= {} if symmetric else {"zero": "u8"}
     absent = {f"{name}_ptr": None for name in ("high", "zero", "bias", "xa", "b") if name not in pointers}
     constants = {"BITS": bits, "GROUP": group_size, "EVEN_K": True, "BLOCK_K": block_k, "SPLIT": split}

@@ -40,6 +40,12 @@ def test_a_large_gpu_is_kept_busy_and_splits_keep_some_work(monkeypatch, determi
         assert programs >= 4 * 108 * 0.9 or blocks // (found.splits + 1) < launch.LEAST_BLOCKS or found.splits > 1
 
 
+def test_pipelines_are_short_on_amd(monkeypatch):
+    assert default_launch((1, 128, 8), CPU).num_stages > launch.AMD_STAGES
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert default_launch((1, 128, 8), CPU).num_stages == launch.AMD_STAGES
+
+
 def test_what_a_kernel_cannot_serve_it_says():
     integers = int_weight((4, 128), 4, 32, True)
     assert "need a GPU" in (wna16.supports(integers, CPU, HALF) or "")

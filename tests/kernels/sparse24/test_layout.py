@@ -41,8 +41,7 @@ def test_every_code_lies_where_the_page_says(bits, out_features, groups, group_s
         b, s, r = four // (16 * slots), four // 16 % slots, four % 16
         for which in (0, 1):
             value = (sliced.values[16 * b + r] >> (width * (2 * s + which))) & (2**width - 1)
-            q = slots * (r // (2 * slots)) + s
-            place = (sliced.places[2 * slots * b + r % (2 * slots)] >> (4 * q + 2 * which)) & 3
+            place = (sliced.places[16 * b + r].int() >> (4 * s + 2 * which)) & 3
             k = 4 * four + place.long().unsqueeze(1)
             assert keep.gather(1, k).all()
             assert torch.equal(value, codes.gather(1, k).flatten().int())
