@@ -42,7 +42,8 @@ class Options(TrialOptions):
         CHOICES, description="BITS[gGROUP][+N:M or +SHARE%]; 16 for weights as they are; a list, or with commas between"
     )
     loss: Literal["output", "logits"] = Field(
-        "logits", description="the KL divergence of the logits, or the relative squared error of the last block's output"
+        "logits",
+        description="the KL divergence of the logits, or the relative squared error of the last block's output",
     )
     group: Literal["layer", "module", "block"] = Field(
         "layer", description="what gets one choice: each layer, each module of a block (attention, mlp), or a block"
