@@ -276,13 +276,14 @@ def test_targets_of_bits_alone_and_of_both(request_in, tmp_path):
 
 
 def test_budgets_are_columns_of_their_own(request_in, tmp_path):
-    runs, _ = plan_runs(request_in(tmp_path, ["wanda+rtn"], ["0.5"], wbits=["4"], budgets=("3bits,0.25x",)))
+    setting = "wanda+rtn:budget.choices=['3g64', '4g64+2:4']"
+    runs, _ = plan_runs(request_in(tmp_path, [setting], ["0.5"], wbits=["4"], budgets=("3bits,0.25x",)))
     assert [(run.target, run.recipe.target.wbits, run.recipe.target.budget) for run in runs[1:]] == [
         *(("3bits", 16, "3bits"), ("0.25x", 16, "0.25x"))
     ]
-    with pytest.raises(InputError, match=r"setting rtn at 3bits: it names no pruner to come to that with"):
-        plan_runs(request_in(tmp_path, ["rtn"], [], budgets=("3bits",)))
-    alone = plan_runs(request_in(tmp_path, ["rtn:budget.choices=['2g64', '4g64']"], [], budgets=("3bits",)))[0]
+    with pytest.raises(InputError, match=r"at 3bits: it names no pruner to come to that with"):
+        plan_runs(request_in(tmp_path, ["rtn:budget.choices=['3g64', '4g64+2:4']"], [], budgets=("3bits",)))
+    alone = plan_runs(request_in(tmp_path, ["rtn"], [], budgets=("3bits",)))[0]
     assert [run.recipe.steps for run in alone] == [[("quantize", "rtn")]]
     assert alone[0].description()["budget"] == "3bits"
 

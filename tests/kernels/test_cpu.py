@@ -79,7 +79,7 @@ def test_as_exact_as_the_dtype(name, layout, dtype):
 
 def test_each_serves_something_and_says_why_not_elsewhere():
     served = {name for name, *_ in SERVES}
-    assert served == {name for name in implementations() if not name.startswith("triton")} - {"cpu-w8a8"}
+    assert served == {name for name in implementations() if not name.startswith(("triton", "gluon"))} - {"cpu-w8a8"}
     for weight in WEIGHTS.values():
         reasons = refusals(Case(weight, CPU, torch.bfloat16))
         assert all(reason is None or len(reason.split()) > 3 for reason in reasons.values())

@@ -304,5 +304,5 @@ def test_the_card_says_how_to_load_it():
     card = model_card(facts | {"adapter": "adapter/adapter_model.safetensors"})
     assert 'PeftModel.from_pretrained(model, "/tmp/mine/adapter")' in card and 'from_pretrained("/tmp/mine")' in card
     own = model_card(facts | {"adapter": "adapter/corrections.safetensors"})
-    assert "PeftModel" not in own and "compress eval /tmp/mine" in own
+    assert "PeftModel" not in own and "compress generate /tmp/mine" in own
     assert "adapter" not in model_card(facts) and "peft" not in model_card(facts)

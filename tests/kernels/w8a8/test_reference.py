@@ -43,7 +43,7 @@ def test_a_shift_and_a_bias_come_after_the_scales(symmetric):
     found = integer_linear(x, inputs, weight, bias)
     assert torch.equal(found, fake_linear(x, inputs, weight, bias))
     expected = inputs.fake(x).double() @ weight.dequantize().double().T + bias.double()
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-3)  # sums reach a thousand, in float32
 
 
 def test_the_largest_products_stay_within_int32():
