@@ -70,12 +70,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Replace a safetensors file."""
+    """Replace a safetensors file.
+
+    `metadata`: one entry at most, since safetensors writes several in any order; none says that torch wrote the file.
+    """
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def write(aside: Path) -> None:
         try:
-            save_file(contiguous, aside, metadata={"format": "pt", **(metadata or {})})
+            save_file(contiguous, aside, metadata=metadata or {"format": "pt"})
         except Exception as error:  # safetensors wraps the operating system's error in its own
             if number := re.search(r"os error (\d+)", str(error)):
                 raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
