@@ -200,11 +200,30 @@ def _factorize(hessian: Tensor, damping: float, order: Tensor | None) -> tuple[T
         # the work of inverting H and factorizing again, and nothing but H has to be positive definite.
         damped = hessian[backwards][:, backwards]
         _damp(damped.diagonal(), diagonal[backwards], damping)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            inverse = damped.zero_().fill_diagonal_(1.0)
-            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-            if torch.isfinite(inverse).all():
-                return inverse.flip(0, 1), damping
+        inverse = _inverse_cholesky(damped)
+        if inverse is not None and torch.isfinite(inverse).all():
+            return inverse.flip(0, 1), damping
         damping *= 10
     raise RunError("a layer's Hessian is not positive definite even with full damping: use more calibration samples")
+
+
+def _inverse_cholesky(matrix: Tensor) -> Tensor | None:
+    """The inverse of the lower Cholesky factor of a symmetric `matrix`, which is used up; None: not positive definite.
+
+    Panel by panel, so that nearly all of it is matrix products: twice as fast on a CPU as LAPACK's two routines.
+    """
+    panels = [slice(start, min(start + PANEL, len(matrix))) for start in range(0, len(matrix), PANEL)]
+    for own in panels:
+        before, after = slice(0, own.start), slice(own.stop, None)
+        matrix[own.start :, own].addmm_(matrix[own.start :, before], matrix[own, before].T, alpha=-1)
+        lower, failed = torch.linalg.cholesky_ex(matrix[own, own])
+        if failed:
+            return None
+        matrix[own, own] = lower
+        matrix[after, own] = torch.linalg.solve_triangular(lower, matrix[after, own].T, upper=False).T
+    inverse = torch.zeros_like(matrix)
+    for own in panels:
+        before, unit = slice(0, own.start), torch.eye(own.stop - own.start, dtype=matrix.dtype, device=matrix.device)
+        inverse[own, own] = torch.linalg.solve_triangular(matrix[own, own], unit, upper=False)
+        inverse[own, before] = inverse[own, own] @ (matrix[own, before] @ inverse[before, before]).neg_()
+    return inverse

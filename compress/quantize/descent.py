@@ -5,7 +5,7 @@ Cyclic coordinate descent on the layer's squared output error tr((W - Ŵ) H (W -
 knows how later columns will be rounded; here every code may be decided again. No step raises the error.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,9 +47,12 @@ def descend(
 
     Outputs that would be better off if `weight` [in, out] were rounded to nearest begin so. Then each pass visits every group in turn: first its
     scales, rounded to what `scale_dtype` stores, then its codes. Costs a product of `hessian` with the weight for each
-    pass, and two to begin with. Returns how many outputs began anew.
+    pass, one to begin them, and one to compare with rounding to nearest. Returns how many outputs began anew.
     """
-    gradient, replaced = _begin(columns, weight, wanted, hessian)
+    replaced = _begin(columns, weight, wanted, hessian)
+    if not passes:
+        return replaced
+    gradient = hessian @ (wanted - columns.values())  # half the error's, downhill
     size = columns.group_size
     for _ in range(passes):
         for group in range(len(columns.scale)):
@@ -61,20 +64,19 @@ def descend(
     return replaced
 
 
-def _begin(columns: Columns, weight: Tensor, wanted: Tensor, hessian: Tensor) -> tuple[Tensor, int]:
-    """Round to nearest where that is better. Returns half the error's downhill gradient [in, out], and how many were."""
-    scale, zero_point = (each.repeat_interleave(columns.group_size, 0) for each in (columns.scale, columns.zero_point))
-    nearest = (weight / scale).round_().clamp_(-zero_point, 2**columns.bits - 1 - zero_point)
+def _begin(columns: Columns, weight: Tensor, wanted: Tensor, hessian: Tensor) -> int:
+    """Round outputs to nearest where that is better, and say how many were."""
+    groups = columns.scale.unsqueeze(1), columns.zero_point.unsqueeze(1)
+    nearest = weight.unflatten(0, (-1, columns.group_size)) / groups[0]
+    nearest = nearest.round_().clamp_(-groups[1], 2**columns.bits - 1 - groups[1]).flatten(0, 1)
     if columns.keep is not None:
         nearest *= columns.keep
-    misses = [wanted - steps * scale for steps in (columns.steps, nearest)]
-    gradient, of_nearest = (hessian @ miss for miss in misses)
-    error, error_of_nearest = ((g * miss).sum(0) for g, miss in zip((gradient, of_nearest), misses, strict=True))
-    worse = error > error_of_nearest
+    before, after = columns.values(), replace(columns, steps=nearest).values()
+    product = hessian @ (2 * wanted - before - after)  # a H a - b H b = (a - b) H (a + b) for both errors a and b
+    worse = ((after - before) * product).sum(0) > 0
     if replaced := int(worse.sum()):
         columns.steps[:, worse] = nearest[:, worse]
-        gradient[:, worse] = of_nearest[:, worse]
-    return gradient, replaced
+    return replaced
 
 
 def _fit_scale(columns: Columns, group: int, local: Tensor, hessian: Tensor, dtype: torch.dtype) -> Tensor:

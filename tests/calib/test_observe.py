@@ -131,14 +131,21 @@ def hessian_of(x):
     return LayerStats(len(x), hessian=x.T @ x)
 
 
-def test_the_factor_is_of_the_damped_inverse():
-    x = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("in_features", [16, 256, 600])  # within a panel, one whole, several and a rest
+def test_the_factor_is_of_the_damped_inverse(in_features):
+    x = torch.randn(2 * in_features, in_features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     stats = hessian_of(x)
     factor, damping = inverse_factor(stats, 0.05)
-    damped = stats.hessian + 0.05 * stats.hessian.diagonal().mean() * torch.eye(16)
+    damped = stats.hessian + 0.05 * stats.hessian.diagonal().mean() * torch.eye(in_features, dtype=torch.float64)
     assert damping == 0.05
     assert torch.equal(factor, factor.triu())
-    torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(damped), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(damped), rtol=1e-10, atol=1e-14)
+
+
+def test_one_bad_direction_among_many_raises_the_damping():
+    diagonal = torch.ones(600)
+    diagonal[3] = -0.02  # the last panel, as columns are taken backwards
+    assert inverse_factor(LayerStats(8, hessian=torch.diag(diagonal)), 0.01)[1] == pytest.approx(0.1)
 
 
 def test_damping_grows_until_the_factorization_succeeds():
