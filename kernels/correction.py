@@ -57,6 +57,20 @@ class Correction:
         """Bytes of all its tensors."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
+    def scattered(self, rows: Tensor | None, columns: Tensor | None) -> "Correction":
+        """The product for a weight that has more outputs and inputs: zeros where `rows` and `columns` are False.
+
+        `rows`: bool [out of that weight], True as often as this one has outputs, None: it has no more; `columns` likewise
+        of inputs. There are no single weights (LoRAM, arXiv:2502.13533, eq. 5).
+        """
+        assert not self.single
+        a, b = self.a, self.b
+        if columns is not None:
+            a = a.new_zeros(self.rank, len(columns)).index_copy_(1, columns.nonzero().flatten().to(a.device), a)
+        if rows is not None:
+            b = b.new_zeros(len(rows), self.rank).index_copy_(0, rows.nonzero().flatten().to(b.device), b)
+        return Correction(a, b)
+
     def to(self, dtype: torch.dtype) -> "Correction":
         """The same with its numbers rounded to `dtype`."""
         value = None if self.value is None else self.value.to(dtype)
@@ -137,6 +151,24 @@ def correction_from(
         for name, length in zip("ab", reversed(shape), strict=True)
     )
     return CodedCorrection.decoded((a, b), index, value)
+
+
+def planned_correction(shape: tuple[int, int], rank: int, single: int, bits: int, dtype: torch.dtype) -> Correction:
+    """A correction of these sizes without values, on the meta device; `dtype`: of its floats."""
+    bits = bits if rank else 16
+    parts = {
+        name: torch.empty(size, dtype=dtype if dtypes == FLOATS else dtypes[0], device="meta")
+        for name, (size, dtypes) in part_shapes(shape, rank, bits, single).items()
+    }
+    index, value = parts.get("index"), parts.get("value")
+    if bits == 16:
+        return Correction(parts["a"], parts["b"], index, value)
+    a, b = (
+        NormalCodes(parts[f"{name}_packed"], parts[f"{name}_normal"], bits, length)
+        for name, length in zip("ab", reversed(shape), strict=True)
+    )
+    factors = torch.empty(rank, shape[1], device="meta"), torch.empty(shape[0], rank, device="meta")
+    return CodedCorrection(factors[0], factors[1], index, value, codes=(a, b))
 
 
 def part_shapes(

@@ -14,6 +14,7 @@ IMPLEMENTATIONS = (  # where none was measured, the first that serves a case tak
     "compress.kernels.w8a8.cpu:Int8Product",
     "compress.kernels.wna16.cpu:Int4Pack",
     "compress.kernels.wna16.cpu_bytes:Int8Pack",
+    "compress.kernels.wna16.cpu_bytes:NibblePairs",
     "compress.kernels.wna16.cpu_bytes:Digits",
     "compress.kernels.codebook.cpu:Lookup",
     "compress.kernels.wna16.cpu:DecodedNibbles",

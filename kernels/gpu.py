@@ -1,6 +1,5 @@
 """Triton kernels as implementations. The kernels themselves (kernels/*/triton.py) are imported when they first run."""
 
-from collections.abc import Callable
 from dataclasses import fields
 from types import ModuleType
 from typing import Any
@@ -9,28 +8,22 @@ import torch
 from torch import Tensor
 
 from compress.kernels.codebook import ops as codebook_ops
-from compress.kernels.codebook.layout import UnpackedCodebookWeight
-from compress.kernels.codebook_weight import CodebookWeight
 from compress.kernels.fragments import ops as fragment_ops
-from compress.kernels.fragments.layout import FragmentWeight
+from compress.kernels.gemm.launch import Epilogue
 from compress.kernels.implementation import Case, Implementation
 from compress.kernels.sparse24 import ops as sparse24_ops
-from compress.kernels.sparse24.layout import SlicedSparse24Weight
-from compress.kernels.sparse24_weight import Sparse24IntWeight
 from compress.kernels.w8a8 import ops as w8a8_ops
-from compress.kernels.w8a8.layout import Int8Weight
-from compress.kernels.weights import IntWeight, PackedWeight
 from compress.kernels.wna16 import ops as wna16_ops
-from compress.kernels.wna16.layout import SlicedWeight
 
 PARTED_FROM = 65  # tokens from which weights in fragments are read three times
+FRAGMENTS = "Gluon: up to 32 tokens on an NVIDIA GPU, and some more"
 DENSE_FROM = 129  # tokens from which a dequantized weight and a dense product are faster
 
 
 class _Laid(Implementation):
     """A weight in a layout of kernels: its tensors are buffers, all else it knows are numbers."""
 
-    OPS: ModuleType
+    OPS: ModuleType  # of a family: `supports`, `lay`, `matmul` and, for weights that are decoded, `dequantize`
 
     @classmethod
     def supports(cls, case: Case) -> str | None:
@@ -40,19 +33,9 @@ class _Laid(Implementation):
         reason: str | None = cls.OPS.supports(case.weight, case.device, case.dtype)
         return reason
 
-    @classmethod
-    def lay(cls, weight: PackedWeight) -> Any:
-        """The weight in the kernels' layout."""
-        layouts: dict[type[PackedWeight], Callable[[Any], Any]] = {
-            IntWeight: SlicedWeight.from_int,
-            Sparse24IntWeight: SlicedSparse24Weight.from_sparse,
-            CodebookWeight: UnpackedCodebookWeight.from_codebook,
-        }
-        return layouts[type(weight)](weight)
-
     def __init__(self, case: Case):
         super().__init__()
-        laid = self.lay(case.weight)
+        laid = self.OPS.lay(case.weight)
         self.dtype, self.layout, self.numbers = case.dtype, type(laid), {}
         for field in fields(laid):
             value = getattr(laid, field.name)
@@ -69,11 +52,12 @@ class _Laid(Implementation):
 
 class _Product(_Laid):
     ABOUT = "Triton: up to some hundred tokens on a GPU"
+    EPILOGUE = True
     BEATEN_FROM = DENSE_FROM
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, epilogue: Epilogue = Epilogue()) -> Tensor:
         """[tokens, in] to [tokens, out]."""
-        y: Tensor = self.OPS.matmul(x, self.laid)
+        y: Tensor = self.OPS.matmul(x, self.laid, epilogue)
         return y
 
 
@@ -84,66 +68,6 @@ class _Dequantized(_Laid):
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, in] to [tokens, out]."""
         return torch.nn.functional.linear(x, self.OPS.dequantize(self.laid, self.dtype))
-
-
-class GluonFragments(_Product):
-    """Codes of integers, dense or 2:4, in the order of fragments: kernels/fragments."""
-
-    NAME = "gluon-fragments"
-    ABOUT = "Gluon: up to 32 tokens on an NVIDIA GPU, and some more"
-    OPS = fragment_ops
-    BEATEN_FROM = PARTED_FROM
-
-    @classmethod
-    def lay(cls, weight: PackedWeight) -> FragmentWeight:
-        """In tiles of 32 outputs."""
-        if isinstance(weight, Sparse24IntWeight):
-            return FragmentWeight.from_sparse(weight)
-        if not isinstance(weight, IntWeight):
-            raise TypeError(type(weight).__name__)
-        return FragmentWeight.from_int(weight)
-
-
-class TritonInt(_Product):
-    """Codes of integers, kernels/wna16."""
-
-    NAME = "triton-wna16"
-    OPS = wna16_ops
-
-
-class TritonIntDequantized(_Dequantized):
-    """The same, dequantized."""
-
-    NAME = "triton-wna16-dequantize"
-    OPS = wna16_ops
-
-
-class TritonSparse24(_Product):
-    """2:4 weights, kernels/sparse24."""
-
-    NAME = "triton-sparse24"
-    OPS = sparse24_ops
-
-
-class TritonSparse24Dequantized(_Dequantized):
-    """The same, dequantized."""
-
-    NAME = "triton-sparse24-dequantize"
-    OPS = sparse24_ops
-
-
-class TritonCodebook(_Product):
-    """Codebooks, kernels/codebook."""
-
-    NAME = "triton-codebook"
-    OPS = codebook_ops
-
-
-class TritonCodebookDequantized(_Dequantized):
-    """The same, dequantized."""
-
-    NAME = "triton-codebook-dequantize"
-    OPS = codebook_ops
 
 
 class TritonW8A8(_Laid):
@@ -159,13 +83,19 @@ class TritonW8A8(_Laid):
         """What the operators say, of inputs that are rounded."""
         return "the inputs are not quantized" if case.inputs is None else super().supports(case)
 
-    @classmethod
-    def lay(cls, weight: PackedWeight) -> Int8Weight:
-        """Signed bytes."""
-        if not isinstance(weight, IntWeight):
-            raise TypeError(type(weight).__name__)
-        return Int8Weight.from_int(weight)
-
     def forward(self, x: Tensor, token_scale: Tensor | None = None) -> Tensor:
         """int8 [tokens, in], and their scales float32 [tokens, 1], to [tokens, out]."""
         return w8a8_ops.matmul(x, token_scale, self.laid, None, self.dtype)
+
+
+def _kind(base: type[_Laid], name: str, ops: ModuleType, **facts: Any) -> type[Implementation]:
+    return type(name, (base,), {"NAME": name, "OPS": ops} | facts)
+
+
+GluonFragments = _kind(_Product, "gluon-fragments", fragment_ops, ABOUT=FRAGMENTS, BEATEN_FROM=PARTED_FROM)
+TritonInt = _kind(_Product, "triton-wna16", wna16_ops)
+TritonSparse24 = _kind(_Product, "triton-sparse24", sparse24_ops)
+TritonCodebook = _kind(_Product, "triton-codebook", codebook_ops)
+TritonIntDequantized = _kind(_Dequantized, "triton-wna16-dequantize", wna16_ops)
+TritonSparse24Dequantized = _kind(_Dequantized, "triton-sparse24-dequantize", sparse24_ops)
+TritonCodebookDequantized = _kind(_Dequantized, "triton-codebook-dequantize", codebook_ops)

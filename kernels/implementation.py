@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from compress.kernels.gemm.launch import Epilogue
 from compress.kernels.inputs import InputQuantizer
 from compress.kernels.weights import PackedWeight
 
@@ -43,6 +44,7 @@ class Implementation(nn.Module, ABC):
     CODES: ClassVar[bool] = (
         False  # takes int8 codes of the inputs, and returns float32; else floats of the case's dtype
     )
+    EPILOGUE: ClassVar[bool] = False  # takes an Epilogue as well, and adds it before the outputs are rounded
     BEATEN_FROM: ClassVar[int] = 2**31  # tokens from which decoding is faster, unless this machine was measured
 
     @classmethod
@@ -50,10 +52,14 @@ class Implementation(nn.Module, ABC):
     def supports(cls, case: Case) -> str | None:
         """Why it cannot serve `case`, as in "it needs ..."; None: it can."""
 
-    if TYPE_CHECKING:  # of those with CODES; token_scale is float32 [tokens, 1], None if inputs are static
+    if TYPE_CHECKING:
 
-        def __call__(self, x: Tensor, token_scale: Tensor | None = None) -> Tensor:
-            """[tokens, in] to [tokens, out], in floats."""
+        def __call__(self, x: Tensor, extra: Tensor | Epilogue | None = None) -> Tensor:
+            """[tokens, in] to [tokens, out], in floats.
+
+            `extra`: with CODES the scale of each token, float32 [tokens, 1], None if inputs are static; with EPILOGUE
+            what is added.
+            """
 
     def keep(self, name: str, tensor: Tensor) -> None:
         """Hold a tensor that goes where the module goes."""

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from compress.kernels.correction import Correction
 from compress.kernels.dispatch import Choice, Preferences, choose
-from compress.kernels.implementation import Case
+from compress.kernels.gemm.launch import Epilogue
+from compress.kernels.implementation import Case, Implementation
 from compress.kernels.inputs import InputQuantizer
 from compress.kernels.weights import PackedWeight
 
@@ -21,6 +22,10 @@ class LayerParts:
     correction: Correction | None = None  # what is added to the weight
     inputs: InputQuantizer | None = None  # how what enters is rounded
 
+    def case(self, dtype: torch.dtype, device: torch.device) -> Case:
+        """What it asks of an implementation."""
+        return Case(self.weight, device, dtype, self.inputs)
+
 
 class CompressedLinear(nn.Module):
     """A linear layer that multiplies by a packed weight. Not for training: nothing in it has a gradient.
@@ -33,24 +38,34 @@ class CompressedLinear(nn.Module):
     correction_b: Tensor | None
     correction_single: Tensor | None  # sparse, float32 [out, in]
 
-    def __init__(self, parts: LayerParts, dtype: torch.dtype, device: torch.device, preferences: Preferences):
-        """Raises InputError if the forced implementation cannot serve this layer."""
+    def __init__(self, parts: LayerParts, dtype: torch.dtype, device: torch.device, preferences: Preferences | Choice):
+        """`preferences`, or a choice that was made. Raises InputError if the forced implementation cannot serve this."""
         super().__init__()
         self.out_features, self.in_features = parts.weight.shape
-        case = Case(parts.weight, device, dtype, parts.inputs)
-        self.choice: Choice = choose(case, preferences)
+        case = parts.case(dtype, device)
+        self.choice = preferences if isinstance(preferences, Choice) else choose(case, preferences)
         self.few = self.choice.few(case)
         self.many = None if self.choice.many is None else self.choice.many(case)
         self.weight = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
         self.input_quantizer = parts.inputs
         self._keep("constant", _constant(parts), device)
         self._keep_correction(parts.correction, dtype, device)
+        self.plain = parts.inputs is None and self.constant is None and parts.correction is None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out], in the dtype of `x`."""
         rows = x.reshape(-1, self.in_features)
-        product = self.few if self.many is None or len(rows) < self.choice.many_from else self.many
+        many = self.many
+        product = self.few if many is None or len(rows) < self.choice.many_from else many
+        y = product(rows) if self.plain else self._multiplied(product, rows).to(x.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _multiplied(self, product: Implementation, rows: Tensor) -> Tensor:
+        """[tokens, in] to [tokens, out], where there is more to it than a product; in any dtype."""
         quantizer = self.input_quantizer
+        if quantizer is None and product.EPILOGUE:
+            y = product(rows, Epilogue(self.constant, self.correction_a, self.correction_b))
+            return y if self.correction_single is None else y + self._single(rows)
         if quantizer is None:
             y = product(rows)
         else:
@@ -59,9 +74,7 @@ class CompressedLinear(nn.Module):
             y = y if scale is None or product.CODES else y * scale
         if self.correction_a is not None or self.correction_single is not None:
             y = y + self._corrected(rows if quantizer is None else quantizer.fake(rows))
-        if self.constant is not None:
-            y = y + self.constant
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return y if self.constant is None else y + self.constant
 
     def _corrected(self, rows: Tensor) -> Tensor:
         """What the correction adds, [tokens, out] float32 or the model's dtype."""
@@ -69,10 +82,14 @@ class CompressedLinear(nn.Module):
         if self.correction_a is not None and self.correction_b is not None:
             total = (rows @ self.correction_a.T) @ self.correction_b.T
         if self.correction_single is not None:
-            single = (self.correction_single @ rows.float().T).T
-            total = single if total is None else total + single
+            total = self._single(rows) if total is None else total + self._single(rows)
         assert total is not None  # the caller asks only where something is added
         return total
+
+    def _single(self, rows: Tensor) -> Tensor:
+        """What corrections of single weights add, float32 [tokens, out]."""
+        assert self.correction_single is not None
+        return (self.correction_single @ rows.float().T).T
 
     def _keep(self, name: str, tensor: Tensor | None, device: torch.device) -> None:
         self.register_buffer(name, None if tensor is None else tensor.to(device), persistent=False)
@@ -81,7 +98,7 @@ class CompressedLinear(nn.Module):
         ranked = correction is not None and correction.rank > 0
         self._keep("correction_a", correction.a.to(dtype) if correction and ranked else None, device)
         self._keep("correction_b", correction.b.to(dtype) if correction and ranked else None, device)
-        self._keep("correction_single", None if correction is None else _single(correction), device)
+        self._keep("correction_single", None if correction is None else _sparse(correction), device)
 
     def extra_repr(self) -> str:
         """As torch prints modules."""
@@ -99,7 +116,7 @@ def _constant(parts: LayerParts) -> Tensor | None:
     return moved if constant is None else moved + constant
 
 
-def _single(correction: Correction) -> Tensor | None:
+def _sparse(correction: Correction) -> Tensor | None:
     """Single weights as a sparse matrix, float32 [out, in]; None: there are none."""
     if correction.index is None or correction.value is None or not len(correction.index):
         return None

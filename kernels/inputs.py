@@ -61,8 +61,8 @@ class InputQuantizer:
 
     def _codes(self, x: Tensor, scale: Tensor | None) -> Tensor:
         """Codes as floats: of the dtype of `x` if there is nothing to divide by or subtract, else float32."""
-        values = self._shifted(x) if scale is None else x.float() / scale
-        return values.round().clamp(-self.highest - 1, self.highest)
+        rounded = self._shifted(x).round() if scale is None else x.float().div(scale).round_()
+        return rounded.clamp_(-self.highest - 1, self.highest)
 
     def _shifted(self, x: Tensor) -> Tensor:
         return x if self.shift is None else x.float() - self.shift.to(x.device)

@@ -85,9 +85,13 @@ class PackedLinear(nn.Linear):
         tensors = {name: self.weight.data if i == 0 else getattr(self, name) for i, name in enumerate(self._names)}
         return self._kind.from_tensors(tensors, self._description)
 
+    def values(self) -> Tensor:
+        """The weight, float32 [out, in]."""
+        return self.packed.dequantize()
+
     def dequantize(self) -> Tensor:
         """[out, in] in the model's dtype."""
-        return self.packed.dequantize().to(self.dtype)
+        return self.values().to(self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         """What `.to` and its kin do, but for dtypes: a scale in another dtype would be another scale."""
@@ -107,6 +111,6 @@ class CorrectedLinear(PackedLinear):
         super().__init__(layer.packed, None if layer.bias is None else layer.bias.data, layer.dtype)
         self.correction = correction
 
-    def dequantize(self) -> Tensor:
-        """[out, in] in the model's dtype."""
-        return (self.packed.dequantize() + self.correction.delta().to(self.weight.device)).to(self.dtype)
+    def values(self) -> Tensor:
+        """The weight and what is added to it, float32 [out, in]."""
+        return super().values() + self.correction.delta().to(self.weight.device)

@@ -33,7 +33,7 @@ def block_inputs(code_bits: int) -> int:
 
 
 @dataclass(frozen=True)
-class UnpackedCodebookWeight:
+class SlicedCodebookWeight:
     """A `CodebookWeight` with a whole number of bytes for each code."""
 
     codes: Tensor  # [n_codebooks, 64 / vector_size * blocks, out] int32
@@ -52,7 +52,7 @@ class UnpackedCodebookWeight:
         return (self.codebooks.shape[1] - 1).bit_length()
 
     @classmethod
-    def from_codebook(cls, weight: CodebookWeight) -> "UnpackedCodebookWeight":
+    def from_codebook(cls, weight: CodebookWeight) -> "SlicedCodebookWeight":
         """The same codes in this order; they have at most 16 bits, and vectors a size of `VECTOR_SIZES`."""
         field, in_word = field_bits(weight.code_bits), 32 // field_bits(weight.code_bits)
         rows = PLANE // weight.vector_size

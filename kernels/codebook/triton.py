@@ -1,4 +1,4 @@
-"""Triton kernels over `UnpackedCodebookWeight`: vectors are gathered whole, added up and multiplied."""
+"""Triton kernels over `SlicedCodebookWeight`: vectors are gathered whole, added up and multiplied."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compress.kernels.codebook.layout import UnpackedCodebookWeight, block_inputs
+from compress.kernels.codebook.layout import SlicedCodebookWeight, block_inputs
 from compress.kernels.gemm.configs import SIZES, KernelConfig
 from compress.kernels.gemm.launch import Epilogue, Launch, check_inputs, default_launch
 from compress.kernels.gemm.triton import multiply, write_tile
@@ -115,7 +115,7 @@ def codebook_dequantize(
 
 def matmul(
     x: Tensor,
-    weight: UnpackedCodebookWeight,
+    weight: SlicedCodebookWeight,
     epilogue: Epilogue = Epilogue(),
     deterministic: bool = False,
     launch: Launch | None = None,
@@ -129,7 +129,7 @@ def matmul(
     return multiply(codebook_gemm, x, tensors, epilogue, launch, _constants(weight))
 
 
-def dequantize(weight: UnpackedCodebookWeight, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+def dequantize(weight: SlicedCodebookWeight, dtype: torch.dtype, transposed: bool = False) -> Tensor:
     """The dense weight [out, in], or [in, out] if transposed, contiguous, each value rounded once to `dtype`."""
     out_features, in_features = weight.shape
     shape = (in_features, out_features) if transposed else (out_features, in_features)
@@ -141,7 +141,7 @@ def dequantize(weight: UnpackedCodebookWeight, dtype: torch.dtype, transposed: b
     return dense
 
 
-def _constants(weight: UnpackedCodebookWeight) -> dict[str, int]:
+def _constants(weight: SlicedCodebookWeight) -> dict[str, int]:
     n_codebooks, n_vectors, vector_size = weight.codebooks.shape
     block_k = block_inputs(weight.code_bits)
     return {"CODEBOOKS": n_codebooks, "VECTORS": n_vectors, "VECTOR": vector_size, "BLOCK_K": block_k}

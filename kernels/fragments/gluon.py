@@ -29,7 +29,7 @@ INVARIANT = TILES[:2]  # add up the sums of a token in the same order
 def fragment_gemm(
     x_ptr,  # [M, K / 2] int32, pairs of inputs; rows stride_xm apart
     words_ptr,  # [tiles, blocks, WORDS] int32
-    places_ptr,  # [tiles, blocks, 128] int32 or None
+    beside_ptr,  # [tiles, blocks, BESIDE] int32, places of 2:4 weights or third bits, or None
     zero_ptr,  # [tiles, groups, 8] int32, four zero points each, or None
     scale_ptr,  # [tiles, groups, 16] int32, two scales each
     bias_ptr,  # [N] or None
@@ -47,6 +47,7 @@ def fragment_gemm(
     BLOCK_N: gl.constexpr,
     SPLIT: gl.constexpr,
     WORDS: gl.constexpr,  # of a block and a tile
+    BESIDE: gl.constexpr,
     X: gl.constexpr,  # layouts
     W: gl.constexpr,
     P: gl.constexpr,
@@ -69,9 +70,9 @@ def fragment_gemm(
     row = gl.minimum(gl.program_id(1) * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, X)), M - 1)
     pairs = row.to(gl.int64)[:, None] * stride_xm
     pairs += gl.arange(0, BLOCK_K // 2, layout=gl.SliceLayout(0, X))[None, :]
-    if places_ptr is not None:
-        fours = tile_offsets(N, blocks * 128, WARPS, 128, P)
-        e = gl.load(places_ptr + begin * 128 + fours, cache_modifier=".cg")
+    if beside_ptr is not None:
+        besides = tile_offsets(N, blocks * BESIDE, WARPS, BESIDE, P)
+        e = gl.load(beside_ptr + begin * BESIDE + besides, cache_modifier=".cg")
     if zero_ptr is not None:
         zeros = tile_offsets(N, groups * 8, WARPS, GROUPS * 8, Z)
 
@@ -81,16 +82,16 @@ def fragment_gemm(
         group = 0 if GROUP == 0 else block * BLOCK_K // GROUP
         x = gl.load(x_ptr + block * (BLOCK_K // 2) + pairs)
         s = gl.load(scale_ptr + group * 16 + scales)
-        left = (w, e) if places_ptr is not None else (w,)
+        left = (w, e) if beside_ptr is not None else (w,)
         right = (x, s, sums)
         if zero_ptr is not None:
             z = gl.load(zero_ptr + group * 8 + zeros)
             right = (x, s, z, sums)
         more = gl.full([WARPS, WORDS], block + 1 < end, gl.int1, W)
         w = gl.load(words_ptr + (block + 1) * WORDS + words, mask=more, cache_modifier=".cg")
-        if places_ptr is not None:
-            more = gl.full([WARPS, 128], block + 1 < end, gl.int1, P)
-            e = gl.load(places_ptr + (block + 1) * 128 + fours, mask=more, cache_modifier=".cg")
+        if beside_ptr is not None:
+            more = gl.full([WARPS, BESIDE], block + 1 < end, gl.int1, P)
+            e = gl.load(beside_ptr + (block + 1) * BESIDE + besides, mask=more, cache_modifier=".cg")
         sums = gl.inline_asm(PROGRAM, CONSTRAINTS, left + right, sums.type, is_pure=True)
     write_sums(sums, bias_ptr, y_ptr, M, N, SPLIT, Y)
 
@@ -150,6 +151,7 @@ def constants(program: Program) -> dict[str, object]:
         "BLOCK_M": 8 * program.columns,
         "BLOCK_N": OUTPUTS,
         "WORDS": words,
+        "BESIDE": LANES * program.beside,
         "X": _layout(
             (8 * program.columns, block // 2),
             [*_along(1, 1, 2, *_doubled(16, block // 2)), *tokens],
@@ -157,7 +159,7 @@ def constants(program: Program) -> dict[str, object]:
             _along(0, 0, 0),
         ),
         "W": _layout((WARPS, words), _along(1, 1, 2, *_doubled(128, words)), vectors, own),
-        "P": _layout((WARPS, 128), _along(1, 1, 2), vectors, own),
+        "P": _beside(program),
         "S": _layout((WARPS, 16 * groups), _along(1, 1, *_doubled(16, 16 * groups)), quads + _along(1, 2, 4, 8), own),
         "Z": _layout((WARPS, 8 * groups), _along(1, *_doubled(8, 8 * groups)), quads + _along(1, 1, 2, 4), own),
         "Y": _layout(
@@ -167,6 +169,14 @@ def constants(program: Program) -> dict[str, object]:
             _along(0, 32, 64),
         ),
     }
+
+
+def _beside(program: Program) -> object:
+    """Places of fours in one plane of a block, third bits in halves of it."""
+    pair, own = 4 if program.sparse else 2, _along(0, *_doubled(1, WARPS))
+    words = LANES * max(program.beside, pair)
+    registers = _along(1, *_doubled(1, pair), *_doubled(LANES * pair, words))
+    return _layout((WARPS, words), registers, _along(1, *_doubled(pair, LANES * pair)), own)
 
 
 def matmul(
@@ -205,7 +215,7 @@ def matmul(
     fragment_gemm[grid](
         pairs,
         weight.words,
-        weight.places,
+        weight.places if weight.sparse else weight.high,
         None if weight.zero_point is None else weight.zero_point.view(torch.int32),
         weight.scale.view(torch.int32),
         epilogue.bias if how == "none" else None,
@@ -260,9 +270,9 @@ def _config(weight: tuple[int, int, str], dtype: str, columns: int, sparse: bool
     bits, group, kind = weight
     program = Program(bits, group or 2**30, columns, sparse, kind == "sym", dtype == "bf16", False)
     pointers = {"x": "i32", "words": "i32", "scale": "i32", "y": "fp32"}
-    pointers |= {"places": "i32"} if sparse else {}
+    pointers |= {"beside": "i32"} if program.beside else {}
     pointers |= {} if program.symmetric else {"zero": "i32"}
-    absent = {f"{name}_ptr": None for name in ("places", "zero", "bias") if name not in pointers}
+    absent = {f"{name}_ptr": None for name in ("beside", "zero", "bias") if name not in pointers}
     sizes = dict.fromkeys(("M", "N", "K", "stride_xm", "blocks_per_split"), "i32")
     asymmetric = "" if program.symmetric else " asym"
     return KernelConfig(
@@ -285,7 +295,9 @@ CONFIGS = (
     *(_config(ASYMMETRIC, dtype, 2) for dtype in ("fp16", "bf16")),
     _config(W4_32, "fp16", 2),
     _config(W4_ROW, "fp16", 2),
-    _config((2, 64, "sym"), "fp16", 2),
+    *(_config((3, 128, "sym"), dtype, columns) for dtype in ("fp16", "bf16") for columns in (1, 2, 4)),
+    _config((3, 64, "asym"), "fp16", 2),
+    *(_config((2, 64, "sym"), "fp16", columns) for columns in (1, 2)),
     _config((8, 128, "sym"), "fp16", 2),
     _config((8, 0, "asym"), "bf16", 2),
     *(_config(W4, dtype, columns, True) for dtype in ("fp16", "bf16") for columns in (1, 2, 4)),

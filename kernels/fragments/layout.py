@@ -10,6 +10,7 @@ those inputs that it can load 16 bytes at once. For q, c = 0, 1 the code of
     input 32 (e // 2) + 8 t + 4 (e % 2) + 2 q + c of the block and output 8 i + g
 
 has bits [o, o + b) of word e b / 2 + i b // 8 of lane 4 g + t, where o = 16 c + 8 q + i b % 8 and b is 2, 4 or 8.
+Of three bits, the lower two lie like that, and the third is bit 16 c + 8 q + 2 i + e % 2 of word e // 2 of `high`.
 
 2:4 weights: step e is `mma.sp.m16n8k32`. Code c = 0, 1 of the two kept among the four inputs from
 32 e + 16 q + 4 t of the block lies in the same place, and what lies where in the fours is `places`: the fours from
@@ -17,7 +18,8 @@ has bits [o, o + b) of word e b / 2 + i b // 8 of lane 4 g + t, where o = 16 c +
 4 g + 2 (e % 2) + h, two bits for each kept one. There inputs stay in order, and it is x whose pairs of inputs are
 transposed, four by four in every 32.
 
-Words of a block lie in planes [lanes, 4 words], so that the lanes of a warp read 512 bytes side by side.
+Words of a block lie in planes [lanes, 4 words], so that the lanes of a warp read 512 bytes side by side, those of
+`high` in halves of a block [lanes, 2 words].
 """
 
 from dataclasses import dataclass
@@ -33,8 +35,14 @@ TILE = 32  # outputs of a warp
 ROWS = 4  # of them to a lane
 LANES = 32
 VECTOR = 4  # words of a load
-BITS = (2, 4, 8)
+BITS = (2, 3, 4, 8)  # of dense weights
+SPARSE_BITS = (2, 4, 8)
 ASCENDING = 0 | 1 << PLACE_BITS  # places of a four that fills up: tensor cores take ascending ones only
+
+
+def field_bits(bits: int) -> int:
+    """Bits of a code in `words`: all but the third of three."""
+    return 2 if bits == 3 else bits
 
 
 def block_inputs(bits: int, sparse: bool) -> int:
@@ -52,6 +60,7 @@ class FragmentWeight:
     """An `IntWeight` or `Sparse24IntWeight` in tiles of 32 outputs and blocks of inputs."""
 
     words: Tensor  # [tiles, blocks, planes, 32 lanes, 4] int32
+    high: Tensor | None  # [tiles, blocks, 2, 32 lanes, 2] int32, third bits; None: there are none
     places: Tensor | None  # [tiles, blocks, 32 lanes, 4] int32; None: a dense weight
     scale: Tensor  # [tiles, groups, 8 g, 4 i] float16 or bfloat16
     zero_point: Tensor | None  # [tiles, groups, 8 g, 4 i] uint8; None: symmetric, 2**(bits - 1) everywhere
@@ -72,12 +81,13 @@ class FragmentWeight:
 
     @classmethod
     def from_int(cls, weight: IntWeight) -> "FragmentWeight":
-        """The same codes in this order; `weight` has 2, 4 or 8 bits and whole blocks of inputs."""
+        """The same codes in this order; `weight` has 2, 3, 4 or 8 bits and whole blocks of inputs."""
         segments = block_inputs(weight.bits, sparse=False) // 32
         codes = _tiles(weight.codes()).unflatten(-1, (-1, segments, 4, 2, 2, 2))  # blocks, e // 2, t, e % 2, q, c
         ordered = codes.permute(0, 3, 2, 5, 4, 6, 1, 8, 7)  # tiles, blocks, g, t, e // 2, e % 2, i, c, q
-        words = _words(ordered.flatten(4, 5), weight.bits)
-        return cls(words, None, *_sides(weight), weight.bits, weight.group_size, *weight.shape)
+        words = _words(ordered.flatten(4, 5) & (2 ** field_bits(weight.bits) - 1), field_bits(weight.bits))
+        high = _third_bits(ordered >> 2) if weight.bits == 3 else None
+        return cls(words, high, None, *_sides(weight), weight.bits, weight.group_size, *weight.shape)
 
     @classmethod
     def from_sparse(cls, weight: Sparse24IntWeight) -> "FragmentWeight":
@@ -89,7 +99,7 @@ class FragmentWeight:
         fours = _tiles(pairs[..., 0] | pairs[..., 1] << PLACE_BITS, ASCENDING).unflatten(-1, (-1, 2, 2, 2, 4))
         ordered = fours.unflatten(1, (2, 2)).permute(0, 4, 3, 6, 7, 1, 5, 2, 8)  # e % 2, h, i // 2, e // 2, i % 2, u
         places = pack(ordered.flatten(-2), OF).flatten(-3).flatten(2, 4)
-        return cls(words, places.contiguous(), *_sides(weight), weight.bits, weight.group_size, *weight.shape)
+        return cls(words, None, places.contiguous(), *_sides(weight), weight.bits, weight.group_size, *weight.shape)
 
     def to_int(self) -> IntWeight:
         """The inverse of `from_int`."""
@@ -113,10 +123,15 @@ class FragmentWeight:
 
     def _codes(self, steps: int) -> Tensor:
         """[tiles, blocks, g, t, e, i, c, q]: the inverse of `_words`."""
-        lanes = self.words.transpose(2, 3).flatten(3)  # [tiles, blocks, lanes, words]
-        codes = unpack(lanes.unsqueeze(-1), self.bits, 32 // self.bits)
-        codes = codes.unflatten(3, (steps, -1)).unflatten(-1, (2, 2, -1))  # ..., e, i // per, c, q, i % per
-        return codes.permute(0, 1, 2, 3, 4, 7, 5, 6).flatten(4, 5).unflatten(2, (8, 4))
+        lanes, field = self.words.transpose(2, 3).flatten(3), field_bits(self.bits)  # [tiles, blocks, lanes, words]
+        fields = unpack(lanes.unsqueeze(-1), field, 32 // field)
+        fields = fields.unflatten(3, (steps, -1)).unflatten(-1, (2, 2, -1))  # ..., e, i // per, c, q, i % per
+        codes = fields.permute(0, 1, 2, 3, 4, 7, 5, 6).flatten(4, 5).unflatten(2, (8, 4))
+        if self.high is None:
+            return codes
+        pairs = self.high.transpose(2, 3).flatten(3)  # [tiles, blocks, lanes, e // 2]
+        third = unpack(pairs.unsqueeze(-1), 1, 32).unflatten(-1, (2, 2, ROWS, 2))  # ..., e // 2, c, q, i, e % 2
+        return codes | third.permute(0, 1, 2, 3, 7, 6, 4, 5).flatten(3, 4).unflatten(2, (8, 4)) << 2
 
     def _sides(self) -> tuple[Tensor, Tensor | None]:
         """Scales and zero points, [out, groups]."""
@@ -142,6 +157,12 @@ def _words(codes: Tensor, bits: int) -> Tensor:
     ordered = codes.unflatten(5, (-1, per)).permute(0, 1, 2, 3, 4, 5, 7, 8, 6)  # ..., i // per, c, q, i % per
     words = pack(ordered.flatten(-3), bits).flatten(4).flatten(2, 3)  # [tiles, blocks, lanes, words]
     return words.unflatten(-1, (-1, VECTOR)).transpose(2, 3).contiguous()
+
+
+def _third_bits(bits: Tensor) -> Tensor:
+    """Bits [tiles, blocks, g, t, e // 2, e % 2, i, c, q] as halves of blocks."""
+    words = pack(bits.permute(0, 1, 2, 3, 4, 7, 8, 6, 5).flatten(-4), 1)[..., 0].flatten(2, 3)
+    return words.unflatten(-1, (2, 2)).transpose(2, 3).contiguous()
 
 
 def _sides(weight: IntWeight | Sparse24IntWeight) -> tuple[Tensor, Tensor | None]:

@@ -5,10 +5,10 @@ the zero point in the field is subtracted, which is exact. An output whose field
 2**o times its sum, and a scale divided by that. Sums start anew in each group of inputs, so what is rounded is float32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
-from compress.kernels.fragments.layout import ROWS, block_inputs
+from compress.kernels.fragments.layout import ROWS, block_inputs, field_bits
 
 HALVES = 2  # of the 16-bit pair in a register
 TILES = 2  # of 16 outputs, in one warp
@@ -43,7 +43,17 @@ class Program:
     @property
     def words(self) -> int:
         """Registers of codes that a lane loads."""
-        return self.steps * self.bits // 2
+        return self.steps * self.field // 2
+
+    @property
+    def field(self) -> int:
+        """Bits of a code in them."""
+        return field_bits(self.bits)
+
+    @property
+    def beside(self) -> int:
+        """Registers that a lane loads beside them: places of 2:4 weights, or third bits."""
+        return TILES * self.steps // 2 if self.sparse else self.steps // 2 if self.bits > self.field else 0
 
     @property
     def groups(self) -> int:
@@ -56,7 +66,7 @@ class Program:
         return 4 if self.sparse else 2
 
     def text(self) -> str:
-        """PTX with operands $0, $1, ...: new sums, words, places, x, scales, zero points, sums.
+        """PTX with operands $0, $1, ...: new sums, words, what is beside them, x, scales, zero points, sums.
 
         Sums of column n: of tile 0, then 1, each of output g and of 8 + g, each of tokens 2 t and 2 t + 1.
         """
@@ -76,7 +86,7 @@ class Program:
         return {
             "y": 8 * self.columns,
             "words": self.words,
-            "places": TILES * self.steps // 2 if self.sparse else 0,
+            "beside": self.beside,
             "x": self.steps * self.inputs * self.columns,
             "scale": 2 * self.groups,
             "zero": 0 if self.symmetric else self.groups,
@@ -91,7 +101,9 @@ class Program:
             if not self.symmetric:
                 yield from _offsets(self, of["zero"][group])
             for step in range(group * per_group, (group + 1) * per_group):
-                yield from _decoded(self, of["words"][step * self.bits // 2 : (step + 1) * self.bits // 2])
+                words = of["words"][step * self.field // 2 : (step + 1) * self.field // 2]
+                third = of["beside"][step // 2] if self.bits > self.field else ""
+                yield from _decoded(self, words, third, step % 2)
                 yield from self._products(of, step, step % per_group == 0)
             sums = of["y"] if group else of["sums"]
             for place in range(8 * self.columns):
@@ -107,7 +119,7 @@ class Program:
                 sums = ", ".join(f"p{8 * column + 4 * tile + i}" for i in range(4))
                 left = ", ".join(f"a{4 * tile + i}" for i in range(4))
                 start = "none, none, none, none" if new else sums
-                which = f", {of['places'][tile * self.steps // 2 + step // 2]}, {step % 2}" if self.sparse else ""
+                which = f", {of['beside'][tile * self.steps // 2 + step // 2]}, {step % 2}" if self.sparse else ""
                 yield f"{name}.row.col.f32.{kind}.{kind}.f32 {{{sums}}}, {{{left}}}, {{{x}}}, {{{start}}}{which};"
 
     @property
@@ -132,13 +144,13 @@ class Program:
 
     def offset(self, row: int) -> int:
         """Where the field of a lane's output `row` starts in the mantissa."""
-        at = row * self.bits % 8
+        at = row * self.field % 8
         return at if at + self.bits <= self.mantissa else 0
 
 
 def _declared(program: Program) -> Iterator[str]:
     sums = ", ".join(f"p{i}" for i in range(8 * program.columns))
-    yield ".reg .b32 a0, a1, a2, a3, a4, a5, a6, a7, c0, c1, c2, c3, t, one, high;"
+    yield ".reg .b32 a0, a1, a2, a3, a4, a5, a6, a7, c0, c1, c2, c3, t, u, one, high;"
     yield f".reg .f32 s0, s1, s2, s3, f0, f1, f2, f3, low, upper, none, {sums};"
     yield ".reg .b16 h0, h1;"
 
@@ -178,9 +190,13 @@ def _offsets(program: Program, zero: str) -> Iterator[str]:
         if program.wide:
             yield f"prmt.b32 c{row}, {zero}, high, {0x7540 | row:#x};"
             continue
-        shifted = zero
-        if program.offset(row):
-            yield f"shl.b32 t, {zero}, {program.offset(row)};"
+        shifted, offset = zero, program.offset(row)
+        if offset + program.bits > 8:  # beyond the byte that a permutation takes
+            yield f"bfe.u32 t, {zero}, {8 * row}, 8;"
+            yield f"mad.lo.u32 c{row}, t, {BOTH << offset:#x}, {program.addend * BOTH:#x};"
+            continue
+        if offset:
+            yield f"shl.b32 t, {zero}, {offset};"
             shifted = "t"
         yield f"prmt.b32 c{row}, {shifted}, high, {0x4040 | row << 8 | row:#x};"
     yield from _as_floats(program)
@@ -191,24 +207,34 @@ def _as_floats(program: Program) -> Iterator[str]:
         yield from (f"mov.b32 f{row}, c{row};" for row in range(ROWS))
 
 
-def _decoded(program: Program, words: list[str]) -> Iterator[str]:
+def _decoded(program: Program, words: list[str], third: str, odd: int) -> Iterator[str]:
     """a0 .. a7: pairs of row g, of row 8 + g, and of both in the other half of the inputs; for two tiles."""
-    held = None  # the word and by how much t is it shifted
+    held: dict[str, tuple[str, int]] = {}  # the word in a register, and by how much it is shifted
     for half in range(HALVES):
         for row in range(ROWS):
-            word, at = words[row * program.bits // 8], row * program.bits % 8
+            word, at = words[row * program.field // 8], row * program.field % 8
             target = f"a{4 * (row // 2) + 2 * half + row % 2}"
             if program.bits == 8:
                 yield from _byte(program, target, word, (half, row))
                 continue
             offset = program.offset(row)
-            shift = 8 * half + at - offset
-            if shift and held != (word, shift):
-                held = word, shift
-                yield f"shr.u32 t, {word}, {shift};"
-            mask = (2**program.bits - 1 << offset) * BOTH
-            yield f"lop3.b32 {target}, {'t' if shift else word}, {mask:#x}, {program.magic * BOTH:#x}, 0xea;"
+            low = yield from _shifted("t", word, 8 * half + at - offset, held)
+            mask = (2**program.field - 1 << offset) * BOTH
+            yield f"lop3.b32 {target}, {low}, {mask:#x}, {program.magic * BOTH:#x}, 0xea;"
+            if third:
+                high = yield from _shifted("u", third, 8 * half + 2 * row + odd - offset - 2, held)
+                yield f"lop3.b32 {target}, {high}, {(4 << offset) * BOTH:#x}, {target}, 0xea;"
             yield _centred(program, target, row)
+
+
+def _shifted(register: str, word: str, right: int, held: dict[str, tuple[str, int]]) -> Generator[str, None, str]:
+    """The word shifted to the right, or to the left, and where it then is."""
+    if not right:
+        return word
+    if held.get(register) != (word, right):
+        held[register] = word, right
+        yield f"{'shr.u32' if right > 0 else 'shl.b32'} {register}, {word}, {abs(right)};"
+    return register
 
 
 def _byte(program: Program, target: str, word: str, place: tuple[int, int]) -> Iterator[str]:

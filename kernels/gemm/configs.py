@@ -18,6 +18,7 @@ class KernelConfig:
     weights_per_loop: int  # weights that one program decodes in one turn of its main loop; 0: it has no such loop
     mma: str | None = None  # instruction of the main loop in the code for sm_80
     max_registers: int | None = None  # of a thread, for the assembler; None: it decides
+    nvidia_only: bool = False  # not launched on AMD's GPUs
     aligned: tuple[str, ...] = field(default=())  # arguments that are multiples of 16, beside all pointers
 
     def divisible_by_16(self) -> tuple[str, ...]:

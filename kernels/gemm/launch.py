@@ -16,6 +16,8 @@ WAVES = 4  # programs wanted for each multiprocessor, so that memory is kept bus
 EMULATED = "COMPRESS_EMULATED"  # set while kernels/testing/emulate.py runs launches on CPU tensors
 INVARIANT = 32  # most tokens of a tile that any GPU multiplies with the same instructions as 16
 AMD_STAGES = 2  # of a pipeline there: what more of them fetch ahead is kept in registers, which spill
+LARGE = 64  # tokens of a tile whose sums do not fit the registers of four waves of 32 threads, on AMD's gfx11
+SMALL_WAVES = 4  # of a smaller tile on AMD's GPUs, at most: the fewer there are, the more registers each has
 LEAST_BLOCKS = 4  # of the inputs in one split; fewer do not fill a pipeline
 
 
@@ -65,8 +67,23 @@ def default_launch(
     tile = next((tile for tile in allowed if tile.block_m >= tokens), allowed[-1])
     wanted = WAVES * multiprocessors(device) // -(-out_features // tile.block_n)
     splits = max(1, min(wanted, blocks // LEAST_BLOCKS))
-    stages = tile.num_stages if torch.version.hip is None else min(tile.num_stages, AMD_STAGES)
-    return replace(tile, num_stages=stages, splits=splits, deterministic=deterministic)
+    tile = tile if torch.version.hip is None else on_amd(tile, wave_of(device))
+    return replace(tile, splits=splits, deterministic=deterministic)
+
+
+def on_amd(tile: Launch, wave: int) -> Launch:
+    """The same tile as the registers of AMD's GPUs hold it, whose waves have 32 (gfx10 to gfx12) or 64 threads."""
+    if tile.block_m < LARGE:
+        warps = min(tile.num_warps, SMALL_WAVES)
+    else:
+        warps = tile.num_warps * 64 // wave
+    return replace(tile, num_warps=warps, num_stages=min(tile.num_stages, AMD_STAGES))
+
+
+@functools.cache
+def wave_of(device: torch.device) -> int:
+    """Threads of a GPU's wave; 32 where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
 @functools.cache

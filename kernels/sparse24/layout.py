@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.kernels.gemm.layout import ROWS, turned
 from compress.kernels.packing import pack, unpack
 from compress.kernels.sparse24_weight import KEPT, OF, PLACE_BITS, Sparse24IntWeight
 
-ROWS = 16  # fours of a slot
 PLACE_WORDS = {2: torch.int32, 4: torch.int16, 8: torch.int8}  # by bits of a field: 4 S bits
 
 
@@ -55,10 +55,9 @@ class SlicedSparse24Weight:
         block, n_kept = block_inputs(weight.bits), weight.in_features // OF * KEPT
         values = _sliced(unpack(weight.packed, weight.bits, n_kept), block, field_bits(weight.bits))
         places = _sliced(unpack(weight.places, PLACE_BITS, n_kept), block, PLACE_BITS)
-        zero_point = None if weight.zero_point is None else weight.zero_point.T.contiguous()
         facts = weight.bits, weight.group_size, weight.in_features
         places = places.to(PLACE_WORDS[field_bits(weight.bits)])
-        return cls(values, places, weight.scale.T.contiguous(), zero_point, *facts)
+        return cls(values, places, *turned(weight.scale, weight.zero_point), *facts)
 
     def to_sparse(self) -> Sparse24IntWeight:
         """The inverse of `from_sparse`."""
@@ -66,10 +65,9 @@ class SlicedSparse24Weight:
         fields = 32 // field_bits(self.bits)
         codes = _in_order(self.values, field_bits(self.bits), fields)[:, :n_kept]
         places = _in_order(self.places.int(), PLACE_BITS, fields)[:, :n_kept]
-        zero_point = None if self.zero_point is None else self.zero_point.T.contiguous()
         facts = self.bits, self.group_size, self.in_features
         packed = pack(codes, self.bits), pack(places, PLACE_BITS)
-        return Sparse24IntWeight(*packed, self.scale.T.contiguous(), zero_point, *facts)
+        return Sparse24IntWeight(*packed, *turned(self.scale, self.zero_point), *facts)
 
 
 def _sliced(kept: Tensor, block: int, width: int) -> Tensor:

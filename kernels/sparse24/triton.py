@@ -7,8 +7,9 @@ from torch import Tensor
 
 from compress.kernels.gemm.configs import SIZES, KernelConfig
 from compress.kernels.gemm.launch import Epilogue, Launch, check_inputs, default_launch
+from compress.kernels.gemm.layout import ROWS
 from compress.kernels.gemm.triton import code_offset, code_value, load_apart, multiply, write_tile
-from compress.kernels.sparse24.layout import PLACE_WORDS, ROWS, SlicedSparse24Weight, block_inputs, field_bits
+from compress.kernels.sparse24.layout import PLACE_WORDS, SlicedSparse24Weight, block_inputs, field_bits
 
 TILES = {  # by bits of a field: what NVIDIA's GPUs do not spill, nor hold in more than 99 KiB of shared memory
     2: (Launch(16, 64, num_warps=8, num_stages=3),),
@@ -161,7 +162,7 @@ def matmul(
     tokens, blocks = x.numel() // in_features, triton.cdiv(in_features, constants["BLOCK_K"])
     sizes = tokens, out_features, blocks
     tiles = TILES[field_bits(weight.bits)]
-    tiles = tiles if torch.version.hip is None else tiles[:1]  # 32 tokens spill on gfx942
+    tiles = tiles if torch.version.hip is None else tiles[:1]  # 32 tokens spill on gfx1100
     launch = launch or default_launch(sizes, x.device, deterministic, tiles)
     tensors = (weight.values, weight.places, weight.zero_point, weight.scale)
     constants["EVEN_K"] = in_features % constants["BLOCK_K"] == 0
@@ -210,6 +211,7 @@ def _config(bits: int, group_size: int, symmetric: bool, dtype: str, launch: Lau
         num_stages=launch.num_stages,
         weights_per_loop=block_inputs(bits) * launch.block_n,
         mma="HMMA.16816.F32",
+        nvidia_only=launch.block_m > 16,
         aligned=("N", "K", "stride_xm"),
     )
 

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 from compress.errors import InputError
 from compress.kernels.gemm.configs import KernelConfig
-from compress.kernels.gemm.launch import AMD_STAGES
+from compress.kernels.gemm.launch import Launch, on_amd
 
 BUILD = Path(".build") / "kernels"  # compiled code is kept here, under the current folder
 DIVISIBLE = [["tt.divisibility", 16]]
@@ -66,21 +66,22 @@ def compile_kernel(config: KernelConfig, arch: int | str) -> Compiled:
     source = (GluonASTSource if config.function.is_gluon() else ASTSource)(
         config.function, signature, constants, aligned
     )
+    launch = Launch(config.constexprs.get("BLOCK_M", 0), 0, config.num_warps, config.num_stages)
     if isinstance(arch, int):
         target = GPUTarget("cuda", arch, 32)
     else:
         target = GPUTarget("hip", arch, 32 if arch.startswith(WAVE32) else 64)
-    stages = config.num_stages if isinstance(arch, int) else min(config.num_stages, AMD_STAGES)
-    options = {"num_warps": config.num_warps, "num_stages": stages, "enable_fp_fusion": True}
+        launch = on_amd(launch, target.warp_size)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
     if config.max_registers is not None and isinstance(arch, int):
         options["maxnreg"] = config.max_registers
     kernel = triton.compile(source, target=target, options=options)
     facts = config.name, arch
     if isinstance(arch, str):
-        return Compiled(*facts, kernel.asm["amdgcn"], kernel.asm["hsaco"], kernel.metadata.shared, config.num_warps)
+        return Compiled(*facts, kernel.asm["amdgcn"], kernel.asm["hsaco"], kernel.metadata.shared, launch.num_warps)
     cubin = kernel.asm["cubin"]
     read = disassembled(cubin)
-    return Compiled(*facts, kernel.asm["ptx"], cubin, kernel.metadata.shared, config.num_warps, *read)
+    return Compiled(*facts, kernel.asm["ptx"], cubin, kernel.metadata.shared, launch.num_warps, *read)
 
 
 def disassembled(cubin: bytes) -> tuple[str, str]:

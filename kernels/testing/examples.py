@@ -57,8 +57,9 @@ def run_fragments(config: KernelConfig) -> Outcome:
     from compress.kernels.fragments.layout import FragmentWeight
 
     constants, launch, inputs = config.constexprs, _launch(config), _inputs(config)
-    sparse, group = "places_ptr" in config.signature, constants["GROUP"] or inputs
+    sparse, group = " 2:4 " in config.name, constants["GROUP"] or inputs
     bits = constants["WORDS"] * (2 if sparse else 1) // constants["BLOCK_K"]
+    bits += "beside_ptr" in config.signature and not sparse
     dense = random_int_weight((launch.block_n, inputs), bits, group, "zero_ptr" not in config.signature)
     weight = _pruned(dense) if sparse else dense
     laid = (
@@ -82,7 +83,7 @@ def _pruned(dense: IntWeight) -> Sparse24IntWeight:
 
 def run_codebook(config: KernelConfig) -> Outcome:
     """Sums of vectors from codebooks."""
-    from compress.kernels.codebook.layout import UnpackedCodebookWeight
+    from compress.kernels.codebook.layout import SlicedCodebookWeight
     from compress.kernels.codebook.triton import matmul
 
     constants, launch, inputs = config.constexprs, _launch(config), _inputs(config)
@@ -91,7 +92,7 @@ def run_codebook(config: KernelConfig) -> Outcome:
     scale = (torch.rand(launch.block_n, 1, generator=generator) + 0.5).half()
     weight = CodebookWeight.from_codes(codes, torch.randn(sizes, generator=generator).to(dtype_of(config)), scale)
     x = _tokens(config, inputs)
-    return _product(matmul(x, UnpackedCodebookWeight.from_codebook(weight), launch=launch), x, weight.dequantize())
+    return _product(matmul(x, SlicedCodebookWeight.from_codebook(weight), launch=launch), x, weight.dequantize())
 
 
 def run_w8a8(config: KernelConfig) -> Outcome:

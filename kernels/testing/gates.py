@@ -27,7 +27,7 @@ MOST_REGISTERS_DECODING = 168  # so that three CTAs of four warps fit
 REFETCHED = 1.02
 MOST_ERROR = 1.25  # times that of the dtype
 TOLERANCE = 1.03
-OUTRUN = (100,)  # memory that no mma.sync kernel keeps up with: the budget is shown, not asked for
+OUTRUN = {100: 2.2}  # memory brings so many times A100's weights for each instruction: shares are of A100's budget
 FIGURES = ("registers", "spills", "shared", "per_weight", "fetched_bits", "conflicts", "error")  # less is better
 
 Work = tuple[int, int | str, Path, bool]  # number of a kernel, architecture, folder of compiled ones, whether it is run
@@ -39,6 +39,7 @@ class Row:
 
     kernel: str
     arch: str
+    bits: float | None = None  # of a weight as it is stored, scales and zero points included
     registers: int | None = None
     spills: int | None = None
     shared: int | None = None  # bytes of a CTA
@@ -53,7 +54,7 @@ class Row:
     error: float | None = None  # over that of the dtype
     note: str = ""  # why something was not measured
     failed: list[str] = field(default_factory=list)  # gates, with figures
-    waived: list[str] = field(default_factory=list)
+    waived: list[str] = field(default_factory=list)  # as the kernel's line in configs.py has them
 
     @property
     def key(self) -> str:
@@ -65,15 +66,23 @@ class Row:
         values: dict[str, Any] = asdict(self)
         return {name: round(values[name], 3) for name in FIGURES if values[name] is not None}
 
+    def kept(self) -> dict[str, Any]:
+        """What metrics.json has of it: the figures, and what a page says beside them."""
+        facts = {"bits": self.bits, "matrix": self.matrix or None, "waived": self.waived or None}
+        return self.figures() | {name: fact for name, fact in facts.items() if fact is not None}
+
 
 def check_one(work: Work) -> Row:
     """Check one kernel on one architecture; for a pool of processes, to which kernels themselves cannot be sent."""
     number, arch, build, emulate = work
     with build_folder(build):
         subject = known_subjects()[number]
-        if isinstance(arch, str) and subject.config.function.is_gluon():
-            return Row(subject.config.name, arch, note="for NVIDIA only")
         return check(subject, arch, emulate)
+
+
+def concerned(subject: Subject, arch: int | str) -> bool:
+    """Whether a kernel is launched on this architecture at all."""
+    return isinstance(arch, int) or not (subject.config.nvidia_only or subject.config.function.is_gluon())
 
 
 @cache
@@ -84,7 +93,7 @@ def known_subjects() -> tuple[Subject, ...]:
 
 def check(subject: Subject, arch: int | str, emulate: bool = True) -> Row:
     """Compile a kernel, read its code and, on some architectures, run it."""
-    row = Row(subject.config.name, f"sm_{arch}" if isinstance(arch, int) else arch)
+    row = Row(subject.config.name, f"sm_{arch}" if isinstance(arch, int) else arch, subject.bits)
     try:
         compiled = compile_kernel(subject.config, arch)
     except Exception as error:  # Triton raises whatever its passes do
@@ -115,15 +124,15 @@ def _read(row: Row, subject: Subject, compiled: Compiled, arch: int) -> None:
         "shared": code.shared_bytes <= gpu.shared_bytes,
         "loads": code.wide_loads(),
         "matrix": _right_matrix(code, config.mma, arch),
-        "issue": arch in OUTRUN or _within(subject.share, row),
+        "issue": subject.share is None or _within(subject.share * OUTRUN.get(arch, 1), row),
         "conversions": not decoding or code.conversions == 0,
     }
     _judge(row, subject, gates)
 
 
-def _within(share: float | None, row: Row) -> bool:
-    """Whether instructions take no more than this share of the budget; None: of any."""
-    return share is None or row.per_weight is None or row.budget is None or row.per_weight <= share * row.budget
+def _within(share: float, row: Row) -> bool:
+    """Whether instructions take no more than this share of the budget."""
+    return row.per_weight is None or row.budget is None or row.per_weight <= share * row.budget
 
 
 def _right_matrix(code: Code, wanted: str | None, arch: int) -> bool:
@@ -165,10 +174,11 @@ def _measure(row: Row, subject: Subject, launches: list[Launched], weights: int)
 def _judge(row: Row, subject: Subject, gates: Mapping[str, bool]) -> None:
     for gate, passed in gates.items():
         if not passed:
-            (row.waived if gate in subject.waived else row.failed).append(gate)
+            waiver = next((name for name in (gate, f"{gate} {row.arch}") if name in subject.waived), None)
+            (row.failed if waiver is None else row.waived).append(waiver or gate)
 
 
-def ratchet(rows: list[Row], kept: Mapping[str, Mapping[str, float]]) -> None:
+def ratchet(rows: list[Row], kept: Mapping[str, Mapping[str, Any]]) -> None:
     """Mark as failed each figure that is more than 3 % worse than the one kept; new figures pass."""
     for row in rows:
         before = kept.get(row.key, {})

@@ -12,6 +12,8 @@ from compress.kernels.weights import IntWeight, PackedWeight
 
 LONGEST = 2**16  # inputs: sums of 128 * 255 * inputs stay within int32
 
+lay = Int8Weight.from_int
+
 
 def supports(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot multiply quantized inputs with `weight` to outputs of `dtype`; None if they can."""

@@ -4,6 +4,8 @@ torch's `_dyn_quant_matmul_4bit` is not used: on x86 it is a scalar reference, t
 product.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,12 @@ def nibbles(weight: IntWeight) -> tuple[Tensor, Tensor | None]:
     if weight.bits < 4:
         moved = (MIDDLE - weight.zero_point.to(torch.int16)).repeat_interleave(weight.group_size, 1)
         return (codes + moved).to(torch.uint8), None
-    return codes, MIDDLE - weight.zero_point.float()
+    return codes, rest_of(weight)
+
+
+def rest_of(weight: IntWeight) -> Tensor | None:
+    """The second of `nibbles`."""
+    return None if weight.zero_point is None or weight.bits < 4 else MIDDLE - weight.zero_point.float()
 
 
 def dense_codes(case: Case) -> IntWeight:
@@ -58,67 +65,83 @@ def dense_codes(case: Case) -> IntWeight:
     return weight.to_int()
 
 
-class Int4Pack(Implementation):
-    """torch's `_weight_int4pack_mm_for_cpu`. 2 and 3 bits are widened to 4, and the zeros of 2:4 weights filled in.
+class PackedNibbles(Implementation):
+    """Codes of 4 bits as torch's `_weight_int4pack_mm_for_cpu` takes them, and the product with them.
 
     Zero points of 4 bits go in as values, which the dtype rounds. What that loses is added to the outputs, by float32
     sums of the inputs of each group: for inputs with a mean it would be the largest error there is. These outputs are
     rounded twice.
     """
 
-    NAME = "cpu-int4"
-    ABOUT = "torch's packed 4-bit kernel: fastest for few tokens"
-    BEATEN_FROM = 16
-
     packed: Tensor
     scale_and_zero: Tensor
     lost: Tensor | None  # of zero points, float32 [groups, out]; None: nothing
 
+    def lay(self, codes: Iterable[Tensor], pairs: Tensor, group_size: int, dtype: torch.dtype) -> None:
+        """Hold codes, uint8 [some out, in] in pieces, and `pairs`, float32 [out, groups, 2], of scales and what is added:
+        value = scale * (code - 8) + added."""
+        self.out_features, self.whole_group = len(pairs), group_size
+        self.filled = -len(pairs) % ROWS  # rows that are no outputs
+        self.group_size = next(size for size in GROUPS if group_size % size == 0)
+        self.keep("packed", torch.cat([_packed(part) for part in codes]))
+        rounded = pairs.to(dtype)
+        lost = (pairs[..., 1] - rounded[..., 1].float()).T.contiguous()
+        rounded = rounded.repeat_interleave(group_size // self.group_size, 1)
+        rounded = torch.nn.functional.pad(rounded, (0, 0, 0, 0, 0, self.filled))
+        self.keep("scale_and_zero", rounded.transpose(0, 1).contiguous())
+        self.exact = not lost.any()
+        self.register_buffer("lost", None if self.exact else lost, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[tokens, in] to [tokens, out]."""
+        y: Tensor = INT4_PRODUCT(x, self.packed, self.group_size, self.scale_and_zero)
+        if self.filled:
+            y = y[:, : self.out_features]
+        lost = None if self.exact else self.lost
+        if lost is None:
+            return y
+        sums = x.unflatten(1, (-1, self.whole_group)).sum(-1, dtype=torch.float32)
+        return torch.addmm(y.float(), sums, lost).to(x.dtype)
+
+
+INT4_PRODUCT = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+
+
+class Int4Pack(PackedNibbles):
+    """2 and 3 bits are widened to 4, and the zeros of 2:4 weights filled in."""
+
+    NAME = "cpu-int4"
+    ABOUT = "torch's packed 4-bit kernel: fastest for few tokens"
+    BEATEN_FROM = 16
+
     @classmethod
     def supports(cls, case: Case) -> str | None:
         """Integers of at most 4 bits in groups that 32 divides, on a CPU."""
-        if reason := needs_cpu(case) or fits_nibbles(case):
-            return reason
-        size = group_size_of(case)
-        return None if size % GROUPS[-1] == 0 else f"it needs groups in multiples of {GROUPS[-1]}, not {size}"
+        return needs_cpu(case) or fits_nibbles(case) or whole_groups(case)
 
     def __init__(self, case: Case):
         super().__init__()
         weight = dense_codes(case)
-        self.out_features = weight.out_features
-        self.group_size = next(size for size in GROUPS if weight.group_size % size == 0)
-        splits = weight.group_size // self.group_size
-        self.keep("packed", torch.cat([_packed(part) for part in _row_parts(weight)]))
-        _, rest = nibbles(weight)
-        scale = weight.scale.float()
-        zero = torch.zeros_like(scale) if rest is None else rest * scale
-        pairs = torch.stack([scale, zero], -1).to(case.dtype)  # [out, groups, 2]
-        lost = (zero - pairs[..., 1].float()).T.contiguous()
-        pairs = pairs.repeat_interleave(splits, 1)
-        self.keep(
-            "scale_and_zero",
-            torch.nn.functional.pad(pairs, (0, 0, 0, 0, 0, -len(pairs) % ROWS)).transpose(0, 1).contiguous(),
-        )
-        self.whole_group = weight.group_size
-        self.register_buffer("lost", lost if lost.any() else None, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[tokens, in] to [tokens, out]."""
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size, self.scale_and_zero)
-        y = y[:, : self.out_features]
-        if self.lost is None:
-            return y
-        sums = x.unflatten(1, (-1, self.whole_group)).sum(-1, dtype=torch.float32)
-        return torch.addmm(y.float(), sums, self.lost).to(x.dtype)
+        scale, rest = weight.scale.float(), rest_of(weight)
+        added = torch.zeros_like(scale) if rest is None else rest * scale
+        codes = (nibbles(part)[0] for part in row_parts(weight))
+        self.lay(codes, torch.stack([scale, added], -1), weight.group_size, case.dtype)
 
 
-def _row_parts(weight: IntWeight) -> list[IntWeight]:
+def whole_groups(case: Case) -> str | None:
+    """Why groups are not of a size that torch's 4-bit kernel takes; None: they are."""
+    size = group_size_of(case)
+    return None if size % GROUPS[-1] == 0 else f"it needs groups in multiples of {GROUPS[-1]}, not {size}"
+
+
+def row_parts(weight: IntWeight) -> list[IntWeight]:
+    """A weight in pieces of some outputs each, a multiple of what the kernel takes."""
     return [weight.rows(slice(start, start + ROWS_AT_ONCE)) for start in range(0, weight.out_features, ROWS_AT_ONCE)]
 
 
-def _packed(weight: IntWeight) -> Tensor:
+def _packed(codes: Tensor) -> Tensor:
     """uint8 [out, in / 2], in the order of this processor's kernel; the last rows are filled up to a multiple of 16."""
-    codes = torch.nn.functional.pad(nibbles(weight)[0].int(), (0, 0, 0, -weight.out_features % ROWS), value=MIDDLE)
+    codes = torch.nn.functional.pad(codes.int(), (0, 0, 0, -len(codes) % ROWS), value=MIDDLE)
     packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     return packed
 

@@ -7,7 +7,16 @@ from torch import Tensor
 
 from compress.kernels.implementation import Case, Implementation, needs_cpu
 from compress.kernels.weights import IntWeight
-from compress.kernels.wna16.cpu import dense_codes, fits_nibbles, group_size_of, integer
+from compress.kernels.wna16.cpu import (
+    MIDDLE,
+    PackedNibbles,
+    dense_codes,
+    fits_nibbles,
+    group_size_of,
+    integer,
+    row_parts,
+    whole_groups,
+)
 
 
 class Int8Pack(Implementation):
@@ -93,23 +102,61 @@ class DecodedBytes(Implementation):
         return torch.nn.functional.linear(x, weight.flatten(1))
 
 
-class Digits(Implementation):
-    """Bytes times bytes: each input is three digits to base 128 of a scale of its token, each digit a row of its own.
+class NibblePairs(PackedNibbles):
+    """Bytes as two codes of 4 bits each, high and low, side by side in the inputs: torch's 4-bit product, twice as wide.
 
-    oneDNN's integer product is memory-bound for few rows, so three cost what one does. 21 bits of the token's largest
-    input are kept, which is beyond what the output's dtype shows. Groups are rows of their own as well, with zeros
-    where another group's inputs are.
+    A code is 16 high + low, so a group of the high codes has 16 times the scale, and what is left of the zero point
+    goes with the low ones.
+    """
+
+    NAME = "cpu-int4x2"
+    ABOUT = "torch's packed 4-bit kernel on both halves of each byte: layers of bytes in groups, few tokens"
+    BEATEN_FROM = 8
+
+    @classmethod
+    def supports(cls, case: Case) -> str | None:
+        """Integers with 5 bits or more in groups that 32 divides, on a CPU."""
+        return DecodedBytes.supports(case) or whole_groups(case)
+
+    def __init__(self, case: Case):
+        super().__init__()
+        weight = dense_codes(case)
+        scale, apart = weight.scale.float(), weight.zero_point if weight.bits == 8 else None
+        added = MIDDLE * scale if apart is None else (MIDDLE + 128 - apart.float()) * scale  # halves are stored less 8
+        high, low = torch.stack([16 * scale, 0 * scale], -1), torch.stack([scale, added], -1)
+        codes = (_halves(part) for part in row_parts(weight))
+        self.lay(codes, torch.cat([high, low], 1), weight.group_size, case.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[tokens, in] to [tokens, out]."""
+        return super().forward(torch.cat([x, x], 1))
+
+
+def _halves(weight: IntWeight) -> Tensor:
+    """uint8 [out, 2 in], of codes around 128: zero points of fewer than 8 bits are in them."""
+    codes = weight.codes()
+    if weight.zero_point is None:
+        codes.add_(128 - 2 ** (weight.bits - 1))
+    elif weight.bits < 8:
+        moved = (128 - weight.zero_point.to(torch.int16)).repeat_interleave(weight.group_size, 1)
+        codes = (codes + moved).to(torch.uint8)
+    return torch.cat([codes >> 4, codes & 15], 1)
+
+
+class Digits(Implementation):
+    """Bytes times bytes: each input is digits to base 256 of a scale of its token, each digit a row of its own.
+
+    oneDNN's integer product is memory-bound for few rows, so two cost what one does. For bfloat16 two digits hold 14
+    bits of the token's largest input, for other dtypes three hold 22: more than the output's dtype shows. Each group of
+    the inputs is a product of its own, which oneDNN adds to the sum of those before.
     """
 
     NAME = "cpu-digits8"
     ABOUT = "oneDNN's integer product on digits of the inputs: large layers of bytes, few tokens"
     BEATEN_FROM = 4
-    MOST_GROUPS = 16  # beyond, rows of zeros cost more than they save
+    MOST_GROUPS = 16  # beyond, so many calls cost more than they save
 
-    codes: Tensor
-    ones: Tensor
     zeros: Tensor
-    scale: Tensor
 
     @classmethod
     def supports(cls, case: Case) -> str | None:
@@ -125,41 +172,58 @@ class Digits(Implementation):
         super().__init__()
         weight = dense_codes(case)
         self.group_size, self.n_groups = weight.group_size, weight.in_features // weight.group_size
-        self.keep("codes", torch.ops.onednn.qlinear_prepack(signed(weight), None))
-        self.keep("ones", torch.ones(weight.out_features))
+        self.n_digits = 2 if case.dtype == torch.bfloat16 else 3
+        codes = signed(weight)
+        for group in range(self.n_groups):
+            inputs = slice(group * self.group_size, (group + 1) * self.group_size)
+            self.keep(f"codes{group}", torch.ops.onednn.qlinear_prepack(codes[:, inputs].contiguous(), None))
+            self.keep(f"scale{group}", weight.scale[:, group].float())
         self.keep("zeros", torch.zeros(weight.out_features, dtype=torch.int32))
-        self.keep("scale", weight.scale.float().T.unsqueeze(1).contiguous())  # [groups, 1, out]
 
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, in] to [tokens, out]."""
-        digits, exponent = _digits(x)  # [3, tokens, in]
-        rows = digits.new_zeros(self.n_groups, *digits.shape)
-        for group in range(self.n_groups):
-            inputs = slice(group * self.group_size, (group + 1) * self.group_size)
-            rows[group, :, :, inputs] = digits[:, :, inputs]
-        products = int8_product(rows.flatten(0, 2), self.codes, self.ones, self.zeros)
-        products = products.view(self.n_groups, 3, len(x), -1)
-        sums = torch.add(products[:, 2], products[:, 1], alpha=BASE).add_(products[:, 0], alpha=BASE**2)
-        return torch.ldexp((sums * self.scale).sum(0), exponent).to(x.dtype)
+        digits, exponent = _digits(x, self.n_digits)  # [digits, tokens, in]
+        groups = digits.flatten(0, 1).unflatten(1, (self.n_groups, -1)).transpose(0, 1).contiguous()
+        sums: Tensor | None = None
+        for group, rows in enumerate(groups):
+            codes, scale = getattr(self, f"codes{group}"), getattr(self, f"scale{group}")
+            sums = int8_product(rows, codes, scale, self.zeros, sums)
+        assert sums is not None
+        lowest, *higher = sums.view(self.n_digits, len(x), -1)
+        total = higher.pop() if higher else lowest
+        for row in (*reversed(higher), lowest):
+            torch.add(row, total, alpha=BASE, out=total)
+        return total.mul_(exponent.exp2()).to(x.dtype)
 
 
-BASE = 128
+BASE = 256
 
 
-def _digits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [3, tokens, in], the highest digit first, and an exponent int32 [tokens, 1]: x = number * 2**exponent."""
+def _digits(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """int8 [count, tokens, in], the lowest digit first, and an exponent int32 [tokens, 1]: x = number * 2**exponent."""
     _, exponent = torch.frexp(x.abs().amax(1, keepdim=True).float())
-    shift = exponent - int(math.log2(BASE) * 3 - 1)  # the highest digit stays below 64, so rounding cannot overflow
+    shift = exponent - (int(math.log2(BASE)) * count - 2)  # the highest digit stays at 64 or below
     number = torch.ldexp(x.float(), -shift).round_()
-    high = (number / BASE**2).round_()
-    number -= high * BASE**2
-    middle = (number / BASE).round_()
-    return torch.stack([high, middle, number - middle * BASE]).to(torch.int8), shift
+    digits = []
+    for _ in range(count - 1):
+        higher = ((number + BASE // 2) / BASE).floor_()  # what is left lies in -128 .. 127
+        digits.append(number - higher * BASE)
+        number = higher
+    return torch.stack([*digits, number]).to(torch.int8), shift
 
 
-def int8_product(rows: Tensor, codes: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
-    """float32 [tokens, out]: int8 rows [tokens, in] times prepacked int8 codes, sums of int32 times `scale` [out]."""
-    found: Tensor = torch.ops.onednn.qlinear_pointwise(
-        rows, 1.0, 0, codes, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-    )
+def int8_product(rows: Tensor, codes: Tensor, scale: Tensor, zeros: Tensor, sums: Tensor | None = None) -> Tensor:
+    """float32 [tokens, out]: int8 rows [tokens, in] times prepacked int8 codes, sums of int32 times `scale` [out].
+
+    They are added to `sums` if there are such, in place.
+    """
+    common = (rows, 1.0, 0, codes, scale, zeros)
+    if sums is None:
+        found: Tensor = QLINEAR(*common, None, 1.0, 0, torch.float32, "none", [], "")
+        return found
+    found = QLINEAR_BINARY(*common, sums, None, 1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, "none", [], "")
     return found
+
+
+QLINEAR = torch.ops.onednn.qlinear_pointwise.default
+QLINEAR_BINARY = torch.ops.onednn.qlinear_pointwise.binary

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.kernels.gemm.layout import ROWS, turned
 from compress.kernels.packing import pack, unpack
 from compress.kernels.weights import IntWeight
 
-ROWS = 16  # inputs of a plane: the least depth of a product of 16-bit tiles
 BITS = (2, 3, 4, 8)
 
 
@@ -57,9 +57,8 @@ class SlicedWeight:
         planes = codes.unflatten(1, (-1, block // ROWS, ROWS)).permute(1, 3, 0, 2)  # [blocks, 16, out, P]
         low = pack(planes & (2**field - 1), field)[..., 0].flatten(0, 1)
         high = pack(planes >> 2, 1)[..., 0].flatten(0, 1).to(torch.int16) if weight.bits == 3 else None
-        zero_point = None if weight.zero_point is None else weight.zero_point.T.contiguous()
         facts = weight.bits, weight.group_size, weight.in_features
-        return cls(low, high, weight.scale.T.contiguous(), zero_point, *facts)
+        return cls(low, high, *turned(weight.scale, weight.zero_point), *facts)
 
     def to_int(self) -> IntWeight:
         """The inverse of `from_int`."""
@@ -68,6 +67,5 @@ class SlicedWeight:
         if self.high is not None:
             planes = planes | unpack(self.high.int().unsqueeze(-1), 1, planes_of) << 2
         codes = planes.unflatten(0, (-1, ROWS)).permute(2, 0, 3, 1).flatten(1)[:, : self.in_features]
-        zero_point = None if self.zero_point is None else self.zero_point.T.contiguous()
-        packed, scale = pack(codes, self.bits), self.scale.T.contiguous()
-        return IntWeight(packed, scale, zero_point, self.bits, self.group_size, self.in_features)
+        sides, facts = turned(self.scale, self.zero_point), (self.bits, self.group_size, self.in_features)
+        return IntWeight(pack(codes, self.bits), *sides, *facts)

@@ -6,9 +6,12 @@ import triton.language as tl
 from torch import Tensor
 
 from compress.kernels.gemm.configs import SIZES, KernelConfig
-from compress.kernels.gemm.launch import Epilogue, Launch, check_inputs, default_launch
+from compress.kernels.gemm.launch import TILES, Epilogue, Launch, check_inputs, default_launch
+from compress.kernels.gemm.layout import ROWS
 from compress.kernels.gemm.triton import code_offset, code_value, load_apart, multiply, write_tile
-from compress.kernels.wna16.layout import ROWS, SlicedWeight, block_inputs
+from compress.kernels.wna16.layout import SlicedWeight, block_inputs
+
+LARGEST = Launch(128, 128, num_warps=8, num_stages=2)  # a third stage spills where mma.sync multiplies
 
 
 @triton.jit
@@ -146,7 +149,7 @@ def matmul(
     block_k = block_inputs(weight.bits)
     tokens = x.numel() // in_features
     blocks = triton.cdiv(in_features, block_k)
-    launch = launch or default_launch((tokens, out_features, blocks), x.device, deterministic)
+    launch = launch or default_launch((tokens, out_features, blocks), x.device, deterministic, (*TILES[:3], LARGEST))
     constants = {
         "BITS": weight.bits,
         "GROUP": _group(weight),
@@ -203,7 +206,7 @@ CONFIGS = (
     _config(4, 32, True, "fp16", Launch(16, 128, splits=4)),
     _config(4, 0, True, "fp16", Launch(16, 128, splits=4)),
     _config(4, 128, True, "bf16", Launch(64, 128)),
-    _config(4, 128, True, "fp16", Launch(128, 128, num_warps=8, num_stages=3)),
+    _config(4, 128, True, "fp16", LARGEST),
     _config(2, 64, False, "fp16", Launch(16, 128, splits=4)),
     _config(3, 128, True, "fp16", Launch(16, 128, splits=4)),
     _config(3, 128, False, "bf16", Launch(16, 128, splits=4)),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compress.kernels.adapter_codes import BITS
-from compress.kernels.correction import CodedCorrection, Correction, correction_from, part_shapes
+from compress.kernels.correction import CodedCorrection, Correction, correction_from, part_shapes, planned_correction
 
 OUT, IN, RANK = 24, 32, 4
 
@@ -82,3 +82,25 @@ def test_through_a_file_and_back(rank, single, bits):
 def test_tensors_that_do_not_fit_are_named(changes, complaint):
     with pytest.raises(ValueError, match=complaint):
         correction_from(random_correction().tensors() | changes, (OUT, IN), RANK, 16, 5)
+
+
+def test_a_product_for_a_larger_weight_has_zeros_where_there_was_nothing():
+    a, b = torch.randn(2, 3), torch.randn(4, 2)
+    rows, columns = torch.tensor([1, 0, 1, 1, 1, 0]) > 0, torch.tensor([0, 1, 1, 0, 1]) > 0
+    delta = Correction(a, b).scattered(rows, columns).delta()
+    assert delta.shape == (6, 5) and not delta[~rows].any() and not delta[:, ~columns].any()
+    torch.testing.assert_close(delta[rows][:, columns], b @ a)
+    torch.testing.assert_close(Correction(a, b).scattered(None, None).delta(), b @ a)
+
+
+@pytest.mark.parametrize("bits", [16, *BITS])
+@pytest.mark.parametrize(("rank", "single"), [(3, 0), (3, 5), (0, 5)])
+def test_a_planned_correction_is_as_large_as_one_that_was_made(bits, rank, single):
+    index = torch.arange(single, dtype=torch.int32) if single else None
+    made = Correction(torch.randn(rank, 40), torch.randn(24, rank), index, torch.ones(single) if single else None)
+    made = made.rounded(torch.bfloat16, bits)
+    planned = planned_correction((24, 40), rank, single, bits, torch.bfloat16)
+    assert planned.nbytes == made.nbytes and planned.bits == made.bits and planned.shape == made.shape == (24, 40)
+    assert {n: (t.shape, t.dtype) for n, t in planned.tensors().items()} == {
+        n: (t.shape, t.dtype) for n, t in made.tensors().items()
+    }

@@ -2,10 +2,11 @@
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
+import packed_weights
 import pytest
 import torch
-from random_weights import codebook_weight, int_weight, sparse24_weight
 
 from compress.kernels.dispatch import implementations, refusals
 from compress.kernels.gemm.reference import excess_error, linear64, linear_rounded
@@ -13,22 +14,25 @@ from compress.kernels.implementation import Case
 from compress.kernels.inputs import InputQuantizer
 
 CPU = torch.device("cpu")
+int_weight = partial(packed_weights.int_weight, dtype=torch.bfloat16)  # scales
+sparse_weight = partial(packed_weights.sparse_weight, dtype=torch.bfloat16)
+codebook_weight = partial(packed_weights.codebook_weight, dtype=torch.bfloat16)
 WEIGHTS = {
-    **{f"W{bits} g{size}": int_weight(48, 256, bits, size) for bits, size in ((2, 64), (3, 128), (4, 32), (8, 128))},
-    **{f"W{bits} g256": int_weight(48, 256, bits, 256) for bits in (4, 8)},
-    **{f"W{bits} g64 asym": int_weight(48, 256, bits, 64, False) for bits in (2, 3, 4, 8)},
-    "W4 g256 asym": int_weight(48, 256, 4, 256, False),
-    "W5 g64": int_weight(48, 256, 5, 64),
-    "W4 g96": int_weight(48, 192, 4, 96),
-    "W4 g16": int_weight(48, 256, 4, 16),
-    "W4, ragged": int_weight(37, 100, 4, 100),
-    "W8, ragged": int_weight(37, 100, 8, 100),
-    "W4, one group": int_weight(5, 32, 4, 32),
-    "2:4 W4": sparse24_weight(48, 256, 4, 64),
-    "2:4 W4 asym": sparse24_weight(48, 256, 4, 64, False),
-    "2:4 W8": sparse24_weight(48, 256, 8, 256),
-    "codebooks": codebook_weight(48, 256),
-    "one codebook": codebook_weight(48, 64, 1, 4, 4),
+    **{f"W{bits} g{size}": int_weight((48, 256), bits, size) for bits, size in ((2, 64), (3, 128), (4, 32), (8, 128))},
+    **{f"W{bits} g256": int_weight((48, 256), bits, 256) for bits in (4, 8)},
+    **{f"W{bits} g64 asym": int_weight((48, 256), bits, 64, False) for bits in (2, 3, 4, 8)},
+    "W4 g256 asym": int_weight((48, 256), 4, 256, False),
+    "W5 g64": int_weight((48, 256), 5, 64),
+    "W4 g96": int_weight((48, 192), 4, 96),
+    "W4 g16": int_weight((48, 256), 4, 16),
+    "W4, ragged": int_weight((37, 100), 4, 100),
+    "W8, ragged": int_weight((37, 100), 8, 100),
+    "W4, one group": int_weight((5, 32), 4, 32),
+    "2:4 W4": sparse_weight((48, 256), 4, 64),
+    "2:4 W4 asym": sparse_weight((48, 256), 4, 64, False),
+    "2:4 W8": sparse_weight((48, 256), 8, 256),
+    "codebooks": codebook_weight((48, 256)),
+    "one codebook": codebook_weight((48, 64), 1, 4, 4),
 }
 SERVES = [
     (name, layout, dtype)
@@ -37,7 +41,10 @@ SERVES = [
     for name, reason in refusals(Case(weight, CPU, dtype)).items()
     if reason is None
 ]
-ROUNDED_TWICE = [("cpu-int4", layout) for layout in ("W4 g64 asym", "W4 g256 asym", "2:4 W4 asym")]
+ROUNDED_TWICE = [
+    *(("cpu-int4", layout) for layout in ("W4 g64 asym", "W4 g256 asym", "2:4 W4 asym")),
+    ("cpu-int4x2", "W8 g64 asym"),
+]
 TOKENS = (1, 3, 17, 65)
 
 
@@ -74,7 +81,7 @@ def test_as_exact_as_the_dtype(name, layout, dtype):
         x = inputs(kind, tokens, weight.shape[1]).to(dtype)
         found = excess_error(implementation(x), linear_rounded(x, weight), linear64(x, weight))
         twice = (name, layout) in ROUNDED_TWICE
-        assert found <= (2 if twice and kind == "constant rows" else 1.25), (kind, tokens, found)
+        assert found <= (2 if twice and kind != "normal" else 1.25), (kind, tokens, found)
 
 
 def test_each_serves_something_and_says_why_not_elsewhere():
@@ -95,7 +102,7 @@ def test_weights_without_values_are_judged_alike():
 
 
 def test_bytes_times_bytes_are_exact():
-    weight = int_weight(48, 256, 8, 256)
+    weight = int_weight((48, 256), 8, 256)
     case = Case(weight, CPU, torch.bfloat16, InputQuantizer(8))
     assert refusals(case)["cpu-w8a8"] is None
     assert "not quantized" in refusals(replace(case, inputs=None))["cpu-w8a8"]
@@ -107,7 +114,7 @@ def test_bytes_times_bytes_are_exact():
 
 @pytest.mark.parametrize("group_size", [64, 256])
 def test_zeros_stay_zeros(group_size):
-    weight = int_weight(32, 256, 8, group_size)
+    weight = int_weight((32, 256), 8, group_size)
     for name, reason in refusals(Case(weight, CPU, torch.bfloat16)).items():
         if reason is None:
             y = product(name, Case(weight, CPU, torch.bfloat16))(torch.zeros(2, 256, dtype=torch.bfloat16))

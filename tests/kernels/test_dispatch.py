@@ -3,7 +3,7 @@ import time
 
 import pytest
 import torch
-from random_weights import codebook_weight, int_weight
+from packed_weights import codebook_weight, int_weight
 
 from compress.errors import InputError
 from compress.kernels import dispatch
@@ -23,7 +23,7 @@ def timings(tmp_path):
 
 
 def case(weight=None, inputs=None):
-    return Case(weight or int_weight(32, 128, 4, 64), CPU, torch.bfloat16, inputs)
+    return Case(weight or int_weight((32, 128), 4, 64), CPU, torch.bfloat16, inputs)
 
 
 def times(**milliseconds):
@@ -36,8 +36,8 @@ def test_defaults_where_nothing_is_measured(timings):
     assert choice.names == "cpu-int4; cpu-decode4 from 16 tokens"
     assert choose(case(), Preferences("dense", None, False), timings).names == "cpu-int4; dense from 16 tokens"
     assert choose(case(), Preferences("packed", None, False), timings).names == "cpu-int4"
-    assert choose(case(codebook_weight(16, 64)), UNMEASURED, timings).names == "cpu-lookup; reference from 4 tokens"
-    eight = int_weight(32, 128, 8, 128)
+    assert choose(case(codebook_weight((16, 64))), UNMEASURED, timings).names == "cpu-lookup; reference from 4 tokens"
+    eight = int_weight((32, 128), 8, 128)
     assert choose(case(eight, InputQuantizer(8)), UNMEASURED, timings).names == "cpu-w8a8"
     assert choose(case(eight), UNMEASURED, timings).few.NAME == "cpu-int8"
     assert not timings.path.exists()
@@ -89,7 +89,7 @@ def test_a_damaged_file_is_measured_again(timings):
 
 
 def test_weights_without_values_are_not_measured(timings):
-    weight = int_weight(32, 128, 4, 64)
+    weight = int_weight((32, 128), 4, 64)
     empty = weight.without_values(32, weight.description())
     assert choose(case(empty), Preferences(), timings).why.startswith("by default")
 

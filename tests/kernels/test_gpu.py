@@ -1,5 +1,6 @@
 """The Triton rows of the registry, run by Triton's interpreter in a process of its own."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -7,21 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_weights import codebook_weight, int_weight, sparse24_weight
+from packed_weights import codebook_weight, int_weight, sparse_weight
 
 from compress.kernels.dispatch import refusals
 from compress.kernels.implementation import Case
 from compress.kernels.inputs import InputQuantizer
 
 WEIGHTS = {
-    "triton-wna16": "int_weight(32, 128, 4, 64)",
-    "triton-sparse24": "sparse24_weight(32, 128, 4, 64)",
-    "triton-codebook": "codebook_weight(32, 64)",
-    "triton-w8a8": "int_weight(32, 128, 8, 128)",
+    "triton-wna16": "int_weight((32, 128), 4, 64)",
+    "triton-sparse24": "sparse_weight((32, 128), 4, 64)",
+    "triton-codebook": "codebook_weight((32, 64))",
+    "triton-w8a8": "int_weight((32, 128), 8, 128)",
 }
 PROGRAM = """
 import torch
-from random_weights import codebook_weight, int_weight, sparse24_weight
+from packed_weights import codebook_weight, int_weight, sparse_weight
 from compress.kernels.dispatch import Preferences
 from compress.kernels.inference import CompressedLinear, LayerParts
 from compress.kernels.inputs import InputQuantizer
@@ -46,9 +47,9 @@ def test_without_a_gpu_they_say_so():
 
 
 def eval_weight(made):
-    name, _, arguments = made.rstrip(")").partition("(")
-    makers = {"int_weight": int_weight, "sparse24_weight": sparse24_weight, "codebook_weight": codebook_weight}
-    return makers[name](*(int(argument) for argument in arguments.split(",")))
+    name, _, arguments = made.removesuffix(")").partition("(")
+    makers = {"int_weight": int_weight, "sparse_weight": sparse_weight, "codebook_weight": codebook_weight}
+    return makers[name](*ast.literal_eval(f"({arguments},)"))
 
 
 def test_through_the_interpreter():

@@ -8,7 +8,7 @@ from compress.kernels.sparse24_weight import Sparse24IntWeight
 from compress.kernels.weights import IntWeight
 
 
-def int_weight(shape, bits, group_size, symmetric, dtype=torch.float16, seed=0) -> IntWeight:
+def int_weight(shape, bits, group_size, symmetric=True, dtype=torch.float16, seed=0) -> IntWeight:
     random = torch.Generator().manual_seed(seed)
     groups = (shape[0], shape[1] // group_size)
     codes = torch.randint(0, 2**bits, shape, generator=random)
@@ -17,7 +17,7 @@ def int_weight(shape, bits, group_size, symmetric, dtype=torch.float16, seed=0) 
     return IntWeight(pack(codes, bits), scale, None if symmetric else zero_point, bits, group_size, shape[1])
 
 
-def sparse_weight(shape, bits, group_size, symmetric, dtype=torch.float16, seed=0) -> Sparse24IntWeight:
+def sparse_weight(shape, bits, group_size, symmetric=True, dtype=torch.float16, seed=0) -> Sparse24IntWeight:
     dense = int_weight(shape, bits, group_size, symmetric, dtype, seed)
     random = torch.Generator().manual_seed(seed)
     keep = (torch.rand(shape[0], shape[1] // 4, 4, generator=random).argsort(-1) < 2).flatten(1)
@@ -30,7 +30,7 @@ def sparse_weight(shape, bits, group_size, symmetric, dtype=torch.float16, seed=
     return Sparse24IntWeight.from_int(pruned, keep)
 
 
-def codebook_weight(shape, n_codebooks, code_bits, vector_size, dtype=torch.float16, seed=0) -> CodebookWeight:
+def codebook_weight(shape, n_codebooks=2, code_bits=8, vector_size=8, dtype=torch.float16, seed=0) -> CodebookWeight:
     random = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**code_bits, (shape[0], shape[1] // vector_size, n_codebooks), generator=random)
     codebooks = torch.randn(n_codebooks, 2**code_bits, vector_size, generator=random).to(dtype)

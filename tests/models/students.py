@@ -12,9 +12,23 @@ from compress.recovery import Learner, Student, StudentLayer
 from compress.task import LayerPlan, LayerTask
 
 
+class SideBySide(nn.ModuleDict):
+    """Layers that all read the same: embeddings of tokens below 50, drawn once."""
+
+    def base_model(self, input_ids: torch.Tensor, use_cache: bool) -> None:
+        """Let every layer read tokens [n, seqlen]."""
+        first, random = next(iter(self.values())), torch.Generator().manual_seed(3)
+        for layer in self.values():
+            layer(torch.randn(50, first.in_features, generator=random)[input_ids].to(_dtype(layer)))
+
+
+def _dtype(layer: nn.Module) -> torch.dtype:
+    return layer.dtype if isinstance(layer, PackedLinear) else layer.weight.dtype
+
+
 def student_of(*tasks: LayerTask, dtype: torch.dtype = torch.float32, bias: bool = False) -> Student:
     """Layers side by side in one module, by their tasks' names; those that are packed as `PackedLinear`."""
-    lm, layers = nn.ModuleDict(), {}
+    lm, layers = SideBySide(), {}
     for task in tasks:
         out, inputs = task.weight.shape
         b = torch.linspace(-1, 1, out).to(dtype) if bias else None
@@ -27,7 +41,7 @@ def student_of(*tasks: LayerTask, dtype: torch.dtype = torch.float32, bias: bool
         put = _putter(lm, task.name)
         dense = task.original.clone
         layers[task.name] = StudentLayer(task.name, lm[task.name], task.packed, task.keep, None, dtype, dense, put)
-    return Student(lm, layers)
+    return Student(lm, layers, windows=torch.arange(48).view(2, 24))
 
 
 def _putter(lm: nn.ModuleDict, name: str) -> Callable[[nn.Module], None]:

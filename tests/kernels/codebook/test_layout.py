@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packed_weights import codebook_weight
 
-from compress.kernels.codebook.layout import UnpackedCodebookWeight, block_inputs, field_bits
+from compress.kernels.codebook.layout import SlicedCodebookWeight, block_inputs, field_bits
 from compress.kernels.codebook.reference import matmul
 from compress.kernels.gemm.launch import Epilogue
 from compress.kernels.gemm.reference import linear64
@@ -23,7 +23,7 @@ WEIGHTS = {
 @given(**WEIGHTS)
 def test_there_and_back(out_features, groups, n_codebooks, code_bits, vector_size, seed):
     weight = codebook_weight((out_features, groups * vector_size), n_codebooks, code_bits, vector_size, seed=seed)
-    unpacked = UnpackedCodebookWeight.from_codebook(weight)
+    unpacked = SlicedCodebookWeight.from_codebook(weight)
     found = unpacked.to_codebook()
     assert unpacked.shape == weight.shape
     assert found.description() == weight.description()
@@ -34,7 +34,7 @@ def test_there_and_back(out_features, groups, n_codebooks, code_bits, vector_siz
 @given(**WEIGHTS)
 def test_every_code_lies_where_the_page_says(out_features, groups, n_codebooks, code_bits, vector_size, seed):
     weight = codebook_weight((out_features, groups * vector_size), n_codebooks, code_bits, vector_size, seed=seed)
-    unpacked, codes = UnpackedCodebookWeight.from_codebook(weight), weight.codes()
+    unpacked, codes = SlicedCodebookWeight.from_codebook(weight), weight.codes()
     width, rows = field_bits(code_bits), 64 // vector_size
     planes = block_inputs(code_bits) // 64
     for v in range(groups):

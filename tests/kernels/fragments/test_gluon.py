@@ -19,6 +19,7 @@ from compress.kernels.testing.emulate import emulated
 from compress.kernels.weights import IntWeight
 
 HALF, BRAIN = torch.float16, torch.bfloat16
+MAKES = (int_weight, sparse_weight)
 CPU = torch.device("cpu")
 
 
@@ -52,6 +53,10 @@ CASES = [  # make, (bits, group size, symmetric, scale dtype), dtype, tokens, in
     (int_weight, (4, 32, False, HALF), HALF, 8, 128, 1),
     (int_weight, (4, 64, True, HALF), BRAIN, 27, 256, 3),
     (int_weight, (2, 64, False, HALF), BRAIN, 3, 128, 1),
+    (int_weight, (3, 128, True, HALF), HALF, 9, 384, 2),
+    (int_weight, (3, 64, False, BRAIN), HALF, 20, 128, 1),
+    (int_weight, (3, 32, False, HALF), BRAIN, 5, 256, 2),
+    (int_weight, (3, 256, True, HALF), BRAIN, 32, 256, 1),
     (int_weight, (8, 128, True, HALF), HALF, 16, 128, 2),
     (int_weight, (8, 320, False, HALF), BRAIN, 33, 320, 1),
     (sparse_weight, (4, 128, True, HALF), HALF, 13, 384, 2),
@@ -73,7 +78,7 @@ def test_numerics(make, facts, dtype, tokens, in_features, splits):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [int_weight, sparse_weight])
+@pytest.mark.parametrize("make", MAKES)
 @pytest.mark.parametrize("dtype", [HALF, BRAIN])
 @pytest.mark.parametrize("arch", [80, 90])
 def test_any_number_of_tokens(make, dtype, arch):
@@ -84,8 +89,13 @@ def test_any_number_of_tokens(make, dtype, arch):
         assert excess_error(y, linear_rounded(x, weight), linear64(x, weight)) <= 1.25
 
 
-@pytest.mark.parametrize("make", [int_weight, sparse_weight])
-@pytest.mark.parametrize(("bits", "symmetric", "dtype"), [(4, False, HALF), (2, True, BRAIN), (8, False, BRAIN)])
+@pytest.mark.parametrize(
+    ("make", "bits", "symmetric", "dtype"),
+    [
+        *((make, *each) for make in MAKES for each in ((4, False, HALF), (2, True, BRAIN), (8, False, BRAIN))),
+        *((int_weight, 3, symmetric, dtype) for symmetric in (True, False) for dtype in (HALF, BRAIN)),
+    ],
+)
 def test_identity_inputs_give_the_weight_itself(make, bits, symmetric, dtype):
     weight = make((40, 128), bits, 64, symmetric)
     assert torch.equal(run(torch.eye(128, dtype=dtype), weight).T, weight.dequantize().to(dtype))
@@ -117,7 +127,7 @@ def test_a_bias_and_a_correction_come_at_the_end(launch):
         assert excess_error(y, linear_rounded(x, weight, epilogue), linear64(x, weight, epilogue)) <= 1.25
 
 
-@pytest.mark.parametrize("make", [int_weight, sparse_weight])
+@pytest.mark.parametrize("make", MAKES)
 def test_deterministic_outputs_do_not_depend_on_the_batch(make):
     weight, x = laid(make((40, 256), 4, 32, False)), inputs(33, 256)
     with emulated(80):
@@ -144,7 +154,7 @@ def test_every_byte_of_a_weight_is_fetched_once_and_every_sector_used():
     with emulated(80) as launches:
         matmul(x, weight, launch=tile(2, 2))
     report = launches[0].report
-    for name in ("words_ptr", "places_ptr", "scale_ptr", "zero_ptr"):
+    for name in ("words_ptr", "beside_ptr", "scale_ptr", "zero_ptr"):
         assert report.fetched_bits(name) == 8 * report.stored_bytes[name]
     assert all(report.efficiency(name) == 1 for name in report.stored_bytes)
     assert not report.banks
@@ -154,7 +164,7 @@ def test_a_mistake_in_the_layout_shows():
     weight, x = int_weight((128, 128), 4, 128, True), inputs(8, 128)
     right = laid(weight)
     for wrong in (right.words.roll(1, 3), right.words.flip(2), right.words.roll(1, -1)):
-        mutant = FragmentWeight(wrong.contiguous(), None, right.scale, None, 4, 128, 128, 128)
+        mutant = FragmentWeight(wrong.contiguous(), None, None, right.scale, None, 4, 128, 128, 128)
         with emulated(80):
             y = matmul(x, mutant)
         assert excess_error(y, linear_rounded(x, weight), linear64(x, weight)) > 100
@@ -170,7 +180,8 @@ def test_pairs_of_inputs_for_2_of_4_are_transposed_four_by_four():
 @pytest.mark.parametrize(
     ("weight", "dtype", "reason"),
     [
-        (int_weight((8, 128), 3, 128, True), HALF, "3 bits"),
+        (int_weight((8, 128), 5, 128, True), HALF, "5 bits"),
+        (sparse_weight((8, 128), 3, 128, True), HALF, "3 if dense"),
         (int_weight((8, 200), 4, 200, True), HALF, "no whole blocks of 128"),
         (sparse_weight((8, 64), 8, 64, True), HALF, "no whole blocks of 128"),
         (int_weight((8, 384), 4, 192, True), HALF, "groups of 192"),
@@ -186,8 +197,9 @@ def test_what_it_cannot_serve_has_a_reason(weight, dtype, reason):
 def test_what_it_can_serve():
     with emulated(80):
         for bits, group_size in ((4, 128), (4, 32), (2, 64), (8, 384)):
-            for make in (int_weight, sparse_weight):
+            for make in MAKES:
                 assert ops.supports(make((8, 384), bits, group_size, False), CPU, BRAIN) is None
+        assert ops.supports(int_weight((8, 384), 3, 128, True), CPU, BRAIN) is None
 
 
 def test_the_operator_tells_compilers_what_it_returns():

@@ -10,9 +10,9 @@ from packed_weights import codebook_weight, int_weight, sparse_weight
 
 from compress.errors import InputError
 from compress.kernels.codebook import ops as codebook
-from compress.kernels.codebook.layout import UnpackedCodebookWeight
+from compress.kernels.codebook.layout import SlicedCodebookWeight
 from compress.kernels.gemm import launch
-from compress.kernels.gemm.launch import Epilogue, default_launch
+from compress.kernels.gemm.launch import Epilogue, Launch, default_launch
 from compress.kernels.inputs import InputQuantizer
 from compress.kernels.sparse24 import ops as sparse24
 from compress.kernels.sparse24.layout import SlicedSparse24Weight
@@ -48,6 +48,12 @@ def test_pipelines_are_short_on_amd(monkeypatch):
     assert default_launch((1, 128, 8), CPU).num_stages == launch.AMD_STAGES
 
 
+def test_tiles_are_shared_among_as_many_waves_as_amd_has_registers_for():
+    large, small, narrow = Launch(64, 128), Launch(16, 64, num_warps=8), Launch(16, 128)
+    assert [launch.on_amd(tile, 32).num_warps for tile in (large, small, narrow)] == [8, 4, 4]
+    assert [launch.on_amd(tile, 64).num_warps for tile in (large, small, narrow)] == [4, 4, 4]
+
+
 def test_what_a_kernel_cannot_serve_it_says():
     integers = int_weight((4, 128), 4, 32, True)
     without = "need a GPU" if find_spec("triton") else "install the extra"
@@ -70,7 +76,7 @@ def test_a_kernel_that_is_asked_for_without_a_gpu_fails():
     asked = (
         lambda: wna16.matmul(x, SlicedWeight.from_int(dense)),
         lambda: sparse24.matmul(x, SlicedSparse24Weight.from_sparse(sparse), Epilogue()),
-        lambda: codebook.matmul(x, UnpackedCodebookWeight.from_codebook(vectors)),
+        lambda: codebook.matmul(x, SlicedCodebookWeight.from_codebook(vectors)),
         lambda: w8a8.quantize(x, InputQuantizer(8)),
     )
     for run in asked:

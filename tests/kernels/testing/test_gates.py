@@ -47,6 +47,29 @@ def test_a_waived_gate_is_shown_and_does_not_fail():
     assert "waived: issue" in last
 
 
+def test_a_gate_can_be_waived_on_one_architecture():
+    subject = Subject(KernelConfig("k", None, {}, {}, 4, 3, 0), 4, lambda: None, waived={"spills sm_80": "why"})
+    here, elsewhere = row(), Row("k", "sm_90")
+    for found in (here, elsewhere):
+        gates._judge(found, subject, {"spills": False})
+    assert (here.failed, here.waived) == ([], ["spills sm_80"])
+    assert (elsewhere.failed, elsewhere.waived) == (["spills"], [])
+
+
+def test_the_budget_of_instructions():
+    assert gates._within(0.5, row(per_weight=1.0, budget=2.0))
+    assert not gates._within(0.5, row(per_weight=1.1, budget=2.0))
+    assert gates.GPUS[80].budget(4) == pytest.approx(gates.OUTRUN[100] * gates.GPUS[100].budget(4), rel=0.02)
+
+
+def test_kernels_are_checked_where_they_run():
+    subjects = {subject.config.name: subject for subject in command.known_subjects()}
+    for name, on_amd in (("w4a16 g128 fp16 16x128", True), ("fragments w4a16 g128 fp16 m8", False)):
+        assert gates.concerned(subjects[name], 80)
+        assert gates.concerned(subjects[name], "gfx942") == on_amd
+    assert not gates.concerned(subjects["2:4 w4 g128 bf16 32x64"], "gfx942")  # they get tiles of 16 tokens
+
+
 def test_every_row_of_a_table_has_its_width():
     lines = list(table([row(registers=7, per_weight=1.234, budget=2.0), Row("another kernel", "gfx942")]))
     assert len({len(line) for line in lines}) == 1
