@@ -63,9 +63,13 @@ def generate(
 
 def serve(
     checkpoint: Checkpoint,
-    engine: Annotated[str, typer.Option(help="transformers, vllm (a folder it reads) or llama.cpp (a GGUF file).")] = (
+    engine: Annotated[str, typer.Option(help="transformers, vllm (a folder) or llama.cpp (a GGUF file).")] = (
         "transformers"
     ),
+    engine_binary: Annotated[
+        str | None,
+        typer.Option(help="The program of another engine.", show_default="vllm or llama-server, as on PATH"),
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="What clients call the model.", show_default="the folder's name")
     ] = None,
@@ -91,15 +95,22 @@ def serve(
 
       curl localhost:8000/v1/completions -H 'Content-Type: application/json'
         -d '{"model": "small", "prompt": "The capital of France is"}'
+
+      compress serve small --engine vllm --engine-binary vllm-env/bin/vllm
+
+      compress serve small.gguf --engine llama.cpp
     """
     from compress.commands import pick_device
-    from compress.engines import ENGINES, become, check_listening, check_serve_extra, command
+    from compress.engines import ENGINES, become, check_listening, check_serve_extra, command, needs_plugin
 
     if engine not in ENGINES:
         raise InputError(f'there is no engine "{engine}": choose {", ".join(ENGINES)}')
     check_listening(host, api_key)
     if engine != "transformers":
-        become(command(engine, checkpoint, host, port, max_model_len), api_key)
+        if (prompts, device, max_requests) != ("decode", "auto", 64):
+            raise InputError(f"--prompts, --device and --max-requests are not {engine}'s: leave them out")
+        arguments = command(engine, checkpoint, host, port, max_model_len, name)
+        become(arguments, api_key, engine_binary, plugin=engine == "vllm" and needs_plugin(checkpoint))
     check_serve_extra()
     from compress.hf import load_model, load_tokenizer
     from compress.serve import ServeOptions

@@ -1,9 +1,10 @@
-"""Servers of others: the command lines of vLLM and llama.cpp for a checkpoint of ours."""
+"""Servers of others: vLLM and llama.cpp, run in the place of this program with a checkpoint of ours."""
 
 import importlib.util
 import ipaddress
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,6 +13,7 @@ from compress.checkpoint.native import QUANT_METHOD
 from compress.errors import InputError
 
 ENGINES = ("transformers", "vllm", "llama.cpp")
+PLUGIN = "compress-vllm"  # kernels/vllm: what makes vLLM read the native layout
 NEEDS = ("fastapi", "uvicorn", "openai")  # of transformers' server: the extra `serve`
 
 
@@ -31,30 +33,61 @@ def check_listening(host: str, api_key: str | None) -> None:
         raise InputError(f"--host {host} lets other machines in: give --api-key too, or leave --host out")
 
 
-def command(engine: str, path: Path, host: str, port: int, max_model_len: int | None) -> list[str]:
-    """The command line of another engine. Raises InputError if it cannot read `path`."""
-    length = [] if max_model_len is None else [str(max_model_len)]
-    if engine == "vllm":
-        if not path.is_dir():
-            raise InputError(f"vllm serves a folder, which {path} is not: use --engine llama.cpp for a GGUF file")
-        if quantization_settings(read_config(path)).get("quant_method") == QUANT_METHOD:
-            raise InputError(
-                f"{path} is in compress's own layout, which vllm does not read: use --engine transformers, or write it "
-                "with --format compressed-tensors"
-            )
-        listening = ["--host", host, "--port", str(port)]
-        return ["vllm", "serve", str(path), *listening, *(["--max-model-len", *length] if length else [])]
-    if path.suffix != ".gguf":
+def command(
+    engine: str, path: Path, host: str, port: int, max_model_len: int | None = None, name: str | None = None
+) -> list[str]:
+    """The command line of another engine, which clients are to call `name`. Raises InputError if it cannot read `path`."""
+    if engine == "vllm" and not path.is_dir():
+        raise InputError(f"vllm serves a folder, which {path} is not: use --engine llama.cpp for a GGUF file")
+    if engine == "llama.cpp" and path.suffix != ".gguf":
         raise InputError(f"llama.cpp serves a GGUF file, which {path} is not: use --engine transformers")
-    listening = ["--host", host, "--port", str(port)]
-    return ["llama-server", "-m", str(path), *listening, *(["-c", *length] if length else [])]
+    program, called, length = {
+        "vllm": (["vllm", "serve", str(path)], "--served-model-name", "--max-model-len"),
+        "llama.cpp": (["llama-server", "-m", str(path)], "--alias", "--ctx-size"),
+    }[engine]
+    limit = [] if max_model_len is None else [length, str(max_model_len)]
+    return [
+        *program,
+        "--host",
+        host,
+        "--port",
+        str(port),
+        called,
+        name or path.resolve().name.removesuffix(".gguf"),
+        *limit,
+    ]
 
 
-def become(arguments: list[str], api_key: str | None) -> NoReturn:
-    """Go on as another program, the key in its environment. Raises InputError if it is not installed."""
-    program = shutil.which(arguments[0])
+def needs_plugin(path: Path) -> bool:
+    """Whether vLLM reads a checkpoint only with compress-vllm. Raises InputError where its config.json is not read."""
+    return quantization_settings(read_config(path)).get("quant_method") == QUANT_METHOD
+
+
+def become(arguments: list[str], api_key: str | None, binary: str | None = None, plugin: bool = False) -> NoReturn:
+    """Go on as another program, or `binary` in its place, the key in its environment.
+
+    Raises InputError if it is not there, or if it has to have compress-vllm and has not.
+    """
+    program = shutil.which(binary or arguments[0])
     if program is None:
-        raise InputError(f"{arguments[0]} is not installed: install it, or use --engine transformers")
+        raise InputError(
+            f"{binary or arguments[0]} is not installed: install it, name the program with --engine-binary, or use "
+            "--engine transformers"
+        )
+    if plugin and not has_plugin(Path(program)):
+        raise InputError(
+            f"{program} does not know compress's own layout: in its environment, pip install --no-deps compress-llm, then "
+            "pip install compress-vllm; or write the checkpoint with --format compressed-tensors"
+        )
     if api_key is not None:
         os.environ["VLLM_API_KEY"] = os.environ["LLAMA_API_KEY"] = api_key
-    os.execv(program, arguments)
+    os.execv(program, [program, *arguments[1:]])
+
+
+def has_plugin(program: Path) -> bool:
+    """Whether compress-vllm is installed where a script such as bin/vllm is."""
+    python = program.parent / "python"
+    if not python.exists():
+        return False
+    asked = f"import importlib.metadata as m; m.distribution({PLUGIN!r})"
+    return subprocess.run([str(python), "-c", asked], capture_output=True, check=False).returncode == 0

@@ -1,10 +1,14 @@
 import asyncio
 import json
+import os
+import shutil
+import sys
 
 import pytest
 
 from compress import engines
-from compress.engines import become, check_listening, command
+from compress.cli_serve import serve
+from compress.engines import become, check_listening, command, has_plugin, needs_plugin
 from compress.errors import InputError
 from compress.serve_guard import Guard
 
@@ -22,32 +26,75 @@ def test_other_addresses_need_one(host):
 
 
 def test_command_lines(tmp_path):
-    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "compressed-tensors"}}')
-    line = command("vllm", tmp_path, "127.0.0.1", 8001, 128)
-    assert line == ["vllm", "serve", str(tmp_path), *"--host 127.0.0.1 --port 8001 --max-model-len 128".split()]
-    gguf = tmp_path / "m.gguf"
-    assert command("llama.cpp", gguf, "127.0.0.1", 1, None) == [
-        "llama-server",
-        "-m",
-        str(gguf),
-        *"--host 127.0.0.1 --port 1".split(),
-    ]
+    (folder := tmp_path / "small-1.5").mkdir()
+    line = command("vllm", folder, "127.0.0.1", 8001, 128)
+    listening = "--host 127.0.0.1 --port 8001 --served-model-name small-1.5 --max-model-len 128"
+    assert line == ["vllm", "serve", str(folder), *listening.split()]
+    gguf = tmp_path / "m-1.5.gguf"
+    line = ["llama-server", "-m", str(gguf), *"--host 127.0.0.1 --port 1 --alias m-1.5".split()]
+    assert command("llama.cpp", gguf, "127.0.0.1", 1) == line
+    assert command("llama.cpp", gguf, "127.0.0.1", 1, 64, "mine") == [*line[:-1], "mine", "--ctx-size", "64"]
 
 
 def test_engines_refuse_what_they_do_not_read(tmp_path):
-    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "compress"}}')
-    with pytest.raises(InputError, match="vllm does not read"):
-        command("vllm", tmp_path, "127.0.0.1", 1, None)
     with pytest.raises(InputError, match="a GGUF file, which"):
-        command("llama.cpp", tmp_path, "127.0.0.1", 1, None)
+        command("llama.cpp", tmp_path, "127.0.0.1", 1)
     with pytest.raises(InputError, match="use --engine llama"):
-        command("vllm", tmp_path / "m.gguf", "127.0.0.1", 1, None)
+        command("vllm", tmp_path / "m.gguf", "127.0.0.1", 1)
 
 
-def test_an_engine_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(engines.shutil, "which", lambda _: None)
-    with pytest.raises(InputError, match="vllm is not installed"):
-        become(["vllm", "serve"], None)
+def test_the_native_layout_needs_a_plugin(tmp_path):
+    for method in ("compress", "compressed-tensors"):
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method}}))
+        assert needs_plugin(tmp_path) == (method == "compress")
+
+
+@pytest.fixture
+def engine(tmp_path, monkeypatch):
+    """A program called vllm on PATH; in its environment there is no plug-in."""
+    program = tmp_path / "bin" / "vllm"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    return program
+
+
+def test_serve_becomes_the_engine(engine, tmp_path, monkeypatch):
+    became = []
+    monkeypatch.setattr(engines.os, "execv", lambda *line: became.append(line) or sys.exit())
+    monkeypatch.setattr(engines.os, "environ", environ := dict(os.environ))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        serve(tmp_path, "vllm", name="mine", port=8009, api_key="secret")
+    listening = "--host 127.0.0.1 --port 8009 --served-model-name mine"
+    assert became == [(str(engine), [str(engine), "serve", str(tmp_path), *listening.split()])]
+    assert environ["VLLM_API_KEY"] == environ["LLAMA_API_KEY"] == "secret"
+    other = tmp_path / "another"
+    shutil.copy(engine, other)
+    with pytest.raises(SystemExit):
+        serve(tmp_path, "vllm", engine_binary=str(other))
+    assert became[1][0] == str(other)
+    with pytest.raises(InputError, match="not vllm's"):
+        serve(tmp_path, "vllm", device="cpu")
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "compress"}}')
+    with pytest.raises(InputError, match="pip install compress-vllm"):
+        serve(tmp_path, "vllm")
+
+
+def test_an_engine_that_is_not_there():
+    with pytest.raises(InputError, match="no-such-program is not installed"):
+        become(["vllm", "serve"], None, "no-such-program")
+
+
+def test_a_plugin_is_looked_for_where_the_engine_is(engine, monkeypatch):
+    assert not has_plugin(engine)
+    (engine.parent / "python").symlink_to(sys.executable)
+    assert not has_plugin(engine)
+    (site := engine.parent.parent / "compress_vllm-1.dist-info").mkdir()
+    (site / "METADATA").write_text("Name: compress-vllm\nVersion: 1\n")
+    monkeypatch.setenv("PYTHONPATH", str(site.parent))
+    assert has_plugin(engine)
 
 
 def ask(guard, path="/v1/models", key=None, body=(b"",)):

@@ -17,6 +17,7 @@ from compress.progress import Reporter
 from compress.run_dir import read_json
 
 SCRIPTS = Path(__file__).parent / "scripts"
+REPOSITORY = Path(__file__).parents[3]
 TORCH_FROM = (  # a CPU build wherever one can be had
     (f"{TORCH}+cpu",),
     (TORCH, "--index-url", "https://download.pytorch.org/whl/cpu"),
@@ -39,15 +40,18 @@ class Usage:
 def python_of(peer: Peer, folder: Path, reporter: Reporter) -> Path:
     """The interpreter of a peer's environment in `folder`/NAME, which is made if it is not there with these pins.
 
-    Raises RunError if pip cannot install one.
+    Raises RunError if pip cannot install one, or a part of ours is not here to be installed.
     """
     if not peer.requirements:
         return Path(sys.executable)
     home = folder / peer.name
     mark, python = home / "installed.json", home / "bin" / "python"
-    wanted = [TORCH, *peer.requirements]
+    ours = [REPOSITORY / part for part in peer.ours]
+    wanted = [TORCH, *peer.requirements, *map(str, ours)]
     if mark.exists() and read_json(mark)["requirements"] == wanted:
         return python
+    if lacking := [part for part in ours if not (part / "pyproject.toml").exists()]:
+        raise RunError(f"{peer.name} needs {lacking[0]}, which only a clone of the repository has: run it from one")
     reporter.say(f"making the environment of {peer.name} in {home}: {', '.join(wanted)}")
     shutil.rmtree(home, ignore_errors=True)
     _succeed([sys.executable, "-m", "venv", str(home)], peer)
@@ -57,9 +61,11 @@ def python_of(peer: Peer, folder: Path, reporter: Reporter) -> Path:
             break
     else:
         _succeed([*pip, "install", "-q", *TORCH_FROM[-1]], peer)
-    _succeed([*pip, "install", "-q", *wanted], peer)
+    _succeed([*pip, "install", "-q", TORCH, *peer.requirements], peer)
     if peer.unwanted:
         _succeed([*pip, "uninstall", "-q", "-y", *peer.unwanted], peer)
+    for part in ours:  # as they are here, whatever is edited
+        _succeed([*pip, "install", "-q", "--no-deps", "--no-build-isolation", "-e", str(part)], peer)
     write_json(mark, {"requirements": wanted, "packages": _succeed([*pip, "freeze"], peer).split()})
     return python
 

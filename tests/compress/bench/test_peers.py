@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 
 from compress.bench.peers.driver import PeersRequest, measure_rows
-from compress.bench.peers.environments import SCRIPTS, ask
+from compress.bench.peers.environments import REPOSITORY, SCRIPTS, ask, python_of
 from compress.bench.peers.readers import FORMS, Form, chosen_forms, differences
-from compress.bench.peers.rows import COLUMNS, LLAMA_CPP, METHODS, PEERS, VLLM, Peer, Row, chosen_rows
+from compress.bench.peers.rows import COLUMNS, LLAMA_CPP, METHODS, PEERS, TRANSFORMERS, VLLM, Peer, Row, chosen_rows
 from compress.errors import InputError, RunError
 from compress.eval.perplexity import perplexity
 from compress.evaluate import evaluate
@@ -162,6 +162,27 @@ def test_whatever_a_peer_fails_with_is_its_row_and_the_rest_goes_on(request_, st
     assert whole["perplexity"] == 10.0
 
 
+def test_what_a_peer_takes_of_ours_has_to_be_here(tmp_path):
+    assert all((REPOSITORY / part / "pyproject.toml").exists() for part in VLLM.ours)
+    with pytest.raises(RunError, match="only a clone"):
+        python_of(Peer("other", "any.py", ("any==1",), ours=("kernels",)), tmp_path, Reporter(quiet=True))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_packed_layers_are_read_with_our_plugin(request_, scripts, tmp_path):
+    """run_transformers.py beside run_compress.py, on a native checkpoint."""
+    setting = {"quantizer": "rtn", "format": "native", "target": {"wbits": 4, "group_size": 32}}
+    request = asked(scripts[1], tmp_path, request_, setting)
+    scripts[0].quantize(request)
+    found = {}
+    for script in ("run_compress", "run_transformers"):
+        (folder := tmp_path / script).mkdir()
+        reading = asked(scripts[1], folder, request_, setting)
+        reading.checkpoint = request.checkpoint
+        found[script] = load_file(importlib.import_module(script).read(reading)["tensors"])["logprobs"]
+    assert (found["run_compress"] - found["run_transformers"]).abs().max() < 0.05
+
+
 def test_text_that_is_too_short_is_the_users_to_mend(request_, scripts, stand_in, tmp_path):
     ours, protocol = scripts
     with pytest.raises(InputError, match="gives 129 windows of 32 tokens, not 999"):
@@ -191,8 +212,10 @@ def test_names_choose_peers_and_columns():
 
 def test_vllm_has_to_be_asked_for():
     assert chosen_forms([]) == chosen_forms(["readers"]) == FORMS and chosen_forms(["hqq"]) == ()
-    (form,) = chosen_forms(["vllm"])
-    assert form.readers == (VLLM,) and chosen_rows(["vllm", "readers"]) == []
+    forms = chosen_forms(["vllm"])
+    assert all(VLLM in form.readers for form in forms) and chosen_rows(["vllm", "readers"]) == []
+    for form in forms:
+        read_recipe(None, {"model": "any", **form.setting})
 
 
 def test_our_rows_are_recipes():
@@ -202,7 +225,7 @@ def test_our_rows_are_recipes():
 
 
 def test_every_script_is_there_and_shadows_no_package():
-    for peer in (*PEERS, LLAMA_CPP, VLLM):
+    for peer in (*PEERS, LLAMA_CPP, TRANSFORMERS, VLLM):
         assert (SCRIPTS / peer.script).is_file() and peer.script.startswith("run_")
 
 
