@@ -46,6 +46,8 @@ def compress_blocks(work: Work, tokens: Tensor | None, reporter: Reporter) -> No
     `tokens`: [nsamples, seqlen] int64, or None if no step needs calibration.
     """
     sequences = None
+    if all(work.run.has(block_key(index)) for index in range(work.model.n_blocks)):
+        tokens = None  # nothing is left to calibrate
     if tokens is not None:  # gradients first, while there is one sequence's hidden states in memory at a time
         _take_gradients(work, 0, tokens, (work.model.embed(window) for window in tokens), reporter)
     clock = Clock()

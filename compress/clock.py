@@ -1,9 +1,15 @@
 """Where the seconds and the bytes of a run go."""
 
+import multiprocessing
 import resource
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
+
+Measured = dict[str, float]  # seconds, peak_rss_bytes
 
 
 class Clock:
@@ -33,3 +39,9 @@ def peak_rss_bytes() -> int:
     """The most memory this process ever held, or held since `forget_peak`."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def alone(measure: Callable[..., Measured], *arguments: Any) -> Measured:
+    """What `measure` finds in a fresh process, whose peak memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(measure, *arguments).result()

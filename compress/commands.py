@@ -16,11 +16,12 @@ from compress.inspection import inspect, loss_line, notes
 from compress.pipeline import compress, open_model
 from compress.progress import Reporter, Stage
 from compress.recipe import Recipe
-from compress.report import Report, duration, size, table
+from compress.report import Report, size, table
 from compress.run_dir import Finished, Journal
 from compress.settings import typed
 from compress.sources import resolve_model
-from compress.steps import STAGES, methods
+from compress.steps import STAGES, methods, whole_model
+from compress.tracker import check_tracker
 from compress.whole_model import estimate_whole_model, prunes_whole_model
 
 
@@ -49,9 +50,23 @@ def find_model(name: str, revision: str | None, reporter: Reporter) -> Path:
         return resolve_model(name, revision=revision, progress=report)
 
 
-def run_command(recipe: Recipe, out: Path, text: str | None, windows: int, dry_run: bool, device: str) -> Report:
-    """`compress run`: compress, then measure dense and compressed if asked."""
-    reporter, device = Reporter(), pick_device(device)
+def run_command(
+    recipe: Recipe,
+    out: Path,
+    evaluation: tuple[str | None, int],
+    dry_run: bool,
+    device: str,
+    tracker: str | None = None,
+) -> Report:
+    """`compress run`: compress, then measure dense and compressed if asked.
+
+    `evaluation`: a text, None: none, and how many windows of it; `tracker`: of trainings, as accelerate names it.
+    """
+    (text, windows), reporter, device = evaluation, Reporter(tracker=tracker), pick_device(device)
+    if tracker is not None:
+        if not any(whole_model(stage, name) for stage, name in recipe.steps):
+            raise InputError(f"tracker {tracker} has nothing to do: no method of this recipe trains the model")
+        check_tracker(tracker)
     folder = find_model(recipe.model, recipe.revision, reporter)
     check_out(out, folder)
     if text is not None:
@@ -115,16 +130,6 @@ def _run_table(result: dict[str, Any]) -> Any:
     rows.append(["seconds", "", f"{result['seconds']:.0f}"])
     rows.append(["peak memory", "", size(result["peak_rss_bytes"])])
     return table("", ["", "dense", "compressed"], rows)
-
-
-def eval_command(name: str, texts: list[str], seqlen: int, max_windows: int | None, device: str) -> Report:
-    """`compress eval`."""
-    reporter = Reporter()
-    folder = find_model(name, None, reporter)
-    result = evaluate(folder, texts, seqlen, max_windows, reporter, pick_device(device))
-    rows = [[text, f"{value:.3f}"] for text, value in result["perplexity"].items()]
-    closing = f"{result['tokens']} tokens in {duration(result['seconds'])}"
-    return Report(result, [table("", ["text", "perplexity"], rows), closing])
 
 
 def inspect_command(path: Path) -> Report:

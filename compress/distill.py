@@ -89,7 +89,7 @@ class Lesson:
 
     at: Tensor  # [n] int64, positions in the student's flattened last hidden states
     targets: Tensor  # [n] int64, the tokens that follow there
-    states: Tensor  # [n, hidden_size], the teacher's last hidden states there
+    states: Tensor | None  # [n, hidden_size], the teacher's last hidden states there; None: kl is 0
     teacher: Any  # the model whose head makes logits of them
     kl: float
     ce: float
@@ -110,9 +110,13 @@ def distillation_loss(lm: Any, tokens: Tensor, lesson: Lesson) -> Tensor:
     are float32 from where the head has made them.
     """
     output = lm.base_model(input_ids=tokens, use_cache=False)
-    teacher = Head(lesson.teacher, output) if lesson.kl else None
-    heads = _Heads(Head(lm, output), teacher, lesson.kl, lesson.ce)
-    return heads.loss(output.last_hidden_state.flatten(0, 1)[lesson.at], lesson.states, lesson.targets)
+    hidden = output.last_hidden_state.flatten(0, 1)[lesson.at]
+    if not lesson.kl:
+        return _Heads(Head(lm, output), None, 0.0, lesson.ce).loss(hidden, hidden.detach(), lesson.targets)
+    assert lesson.states is not None  # which kl is taken to
+    teacher = Head(lesson.teacher, output)
+    states = lesson.states.to(teacher.layer.weight.dtype)
+    return _Heads(Head(lm, output), teacher, lesson.kl, lesson.ce).loss(hidden, states, lesson.targets)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from compress.measure import DenseModel, measure, measure_whole, measures
 from compress.plan import PlannedLayer, allocated, plan_format, plan_head, plan_layers, predicted_loss
 from compress.progress import Reporter
 from compress.recipe import Calibration, Recipe
-from compress.run_dir import Finished, RunDir
+from compress.run_dir import Finished, RunDir, Shared
 from compress.sizes import dense_bytes, n_parameters
 from compress.steps import find_drift, find_steps
 from compress.whole_model import PRUNED, after_pruning, prepare, prune_whole_model, prunes_whole_model
@@ -43,7 +43,7 @@ def open_model(folder: Path, dtype: str = "auto", device: str = "cpu") -> Model:
 
 
 def compress(
-    recipe: Recipe, folder: Path, out: Path, reporter: Reporter, device: str = "cpu", shared: Path | None = None
+    recipe: Recipe, folder: Path, out: Path, reporter: Reporter, device: str = "cpu", shared: Shared | None = None
 ) -> dict[str, Any]:
     """Run a recipe on the model in `folder` and write its checkpoint to `out`; resume if `out` holds the same run.
 
@@ -68,6 +68,7 @@ def compress(
             return done
         _tell_unused(model, run, reporter)
         run.journal.write(event="opened", seconds=round(time.monotonic() - started, 3))
+        run.borrow_blocks()
         pruned: dict[str, Any] = {}
         if prunes_whole_model(recipe):
             model, layers, pruned = _smaller(recipe, model, run, reporter)
@@ -87,6 +88,7 @@ def compress(
             recipe.adapter_bits,
         )
         compress_blocks(work, _tokens(model, recipe, run, reporter) if work.needs else None, reporter)
+        run.lend_blocks()
         recovery = Recovery(recipe, work, partial(open_model, folder, recipe.dtype, device), reporter)
         recovered = {"recovery": recovery.run()} if recipe.recover else {}
 

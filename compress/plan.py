@@ -7,7 +7,8 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from compress.allocate.choices import Budget
 from compress.allocate.spread import LayerSize, Priced, groups_of
@@ -16,13 +17,14 @@ from compress.calib.model import Model
 from compress.checkpoint.formats import choose_format
 from compress.checkpoint.stored import StoredLayer
 from compress.errors import InputError
+from compress.kernels.correction import Correction, planned_correction
 from compress.kernels.inputs import InputQuantizer
 from compress.kernels.sparse24_weight import Sparse24IntWeight
 from compress.kernels.weights import IntWeight, PackedWeight
 from compress.recipe import Recipe
 from compress.report import size
 from compress.sizes import Sizes
-from compress.steps import find_method, find_options, find_trial_steps, verb_of
+from compress.steps import find_method, find_options, find_trial_steps, verb_of, whole_model
 from compress.task import LayerPlan
 
 Layout = Callable[
@@ -38,6 +40,7 @@ class PlannedLayer(LayerSize):
     place: Layer
     layout: Layout
     inputs: InputQuantizer | None  # how what enters it will be rounded at most
+    correction: Correction | None = None  # what recovery adds at most if it is quantized, without values
 
     @property
     def stored(self) -> StoredLayer | None:
@@ -45,7 +48,8 @@ class PlannedLayer(LayerSize):
         if self.plan.wbits == 16:
             return None
         place, packed = self.place, self.layout(self.shape, self.plan)
-        return StoredLayer(place.name, place.param, place.index, place.transposed, packed, inputs=self.inputs)
+        where = (place.name, place.param, place.index, place.transposed)
+        return StoredLayer(*where, packed, inputs=self.inputs, correction=self.correction)
 
 
 def plan_layers(model: Model, recipe: Recipe) -> list[PlannedLayer]:
@@ -66,11 +70,25 @@ def plan_layers(model: Model, recipe: Recipe) -> list[PlannedLayer]:
     for index, place in places:
         for asked in recipe.plans:
             _check(place, asked, recipe)
-        layers.append(PlannedLayer(place.name, index, place.shape, plan, place, layout, inputs))
+        added = _added_at_most(place, recipe, model.dtype)
+        layers.append(PlannedLayer(place.name, index, place.shape, plan, place, layout, inputs, added))
     # With a budget, each choice somewhere: what no format can hold together is refused before anything is measured.
     mixed = [replace(layer, plan=recipe.plans[i % len(recipe.plans)]) for i, layer in enumerate(layers)]
     choose_format(recipe.format, packed_layers(model, recipe, mixed))
     return layers if recipe.target.budget is None else _priced(model, recipe, layers)
+
+
+def _added_at_most(place: Layer, recipe: Recipe, dtype: torch.dtype) -> Correction | None:
+    """What the recipe's methods of recovery add to a layer at most, without values: their options say it in `adds`."""
+    rank = single = 0
+    learns = place.index is None and isinstance(place.owner, nn.Linear)
+    for name in recipe.recover[:-1] if recipe.scatter else recipe.recover:
+        options: Any = find_options("recover", name, recipe.options.get(name, {}))
+        if hasattr(options, "adds") and (learns or not whole_model("recover", name)):
+            rank, single = options.adds(place.name, place.shape, (rank, single))
+    if not rank and not single:
+        return None
+    return planned_correction(place.shape, rank, single, recipe.adapter_bits, dtype)
 
 
 def find_layout(recipe: Recipe) -> Layout:

@@ -1,6 +1,6 @@
 """Plots of what was measured. They take matplotlib, which the extra `plots` brings."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -25,6 +25,7 @@ ROUNDS: tuple[dict[str, str], ...] = (  # each further round of the colours has 
 )
 SWEPT = {"layer_sparsity": "sparsity", "wbits": "wbits"}  # what was asked of each axis; ticks stand there
 LINE = 0.045  # height of a label as a share of the axis
+LONGEST = 48  # letters of a label
 SPREAD = 0.76  # share of a pattern's width that its markers stand in
 WORST = 1000  # times the dense model's perplexity: where the axis ends, since what is beyond is of no use
 
@@ -40,11 +41,18 @@ class Series:
 
 
 def draw_sweep(data: dict[str, Any], files: Sequence[Path]) -> None:
+    """The figure of a sweep as files; their endings say the formats. Names stand at the ends of the lines."""
+    figure, series = sweep_figure(data)
+    label_lines(figure.axes[-1], series)
+    _save(figure, files)
+
+
+def sweep_figure(data: dict[str, Any], width: float = 9.0) -> tuple[Figure, list[Series]]:
     """Perplexity on a log axis against sparsity, a line a setting; against bits where nothing was pruned.
 
-    `data`: what `sweep` returns. Patterns such as 2:4 have a narrower panel of their own left of the lines, where each
-    setting keeps its place sideways. Each setting's name stands with its marker at the end of its line. Lines that go
-    beyond WORST leave the plot; a pattern beyond it has an arrow. The endings of `files` say the formats.
+    `data`: what `sweep` returns; `width` in inches. Patterns such as 2:4 have a narrower panel of their own left of the
+    lines, where each setting keeps its place sideways. Lines that go beyond WORST leave the plot; a pattern beyond it
+    has an arrow. The series are without names yet: `label_lines`, or a legend.
     """
     dense = data["dense"]["perplexity"]
     top = WORST * dense
@@ -52,7 +60,7 @@ def draw_sweep(data: dict[str, Any], files: Sequence[Path]) -> None:
     axis = "layer_sparsity" if any(row["sparsity"] for row in done) else "wbits"
     series = _series(done, axis)
     patterns = list(dict.fromkeys(pattern for one in series for pattern in one.patterns))
-    figure, panels = _panels(len(patterns), any(one.line for one in series))
+    figure, panels = _panels(len(patterns), any(one.line for one in series), width)
     _dress(panels, data)
     if patterns:
         _draw_patterns(panels[0], [one for one in series if one.patterns], patterns, top)
@@ -63,8 +71,7 @@ def draw_sweep(data: dict[str, Any], files: Sequence[Path]) -> None:
         )
     if any(row["shown"] > top for row in done):
         panels[0].set_ylim(top=top)
-    _label(panels[-1], series)
-    _save(figure, files)
+    return figure, series
 
 
 def _series(rows: list[dict[str, Any]], axis: str) -> list[Series]:
@@ -75,7 +82,7 @@ def _series(rows: list[dict[str, Any]], axis: str) -> list[Series]:
         name = f"{row['setting']}, W{row['wbits']}" if both and row["wbits"] < 16 else row["setting"]
         named.setdefault(name, []).append(row)
     series = []
-    for (name, own), style in zip(named.items(), _styles(), strict=False):
+    for (name, own), style in zip(named.items(), styles(), strict=False):
         line = sorted(
             ((_place(row, axis), row["shown"]) for row in own if ":" not in row["pattern"]), reverse=axis == "wbits"
         )
@@ -89,18 +96,18 @@ def _place(row: dict[str, Any], axis: str) -> float:
     return row["layer_bits_per_weight"] if axis == "wbits" and row.get("budget") else row[axis]
 
 
-def _styles() -> Any:
+def styles() -> Iterator[dict[str, Any]]:
     """Colour, marker, dash and fill of each line: colours first, then the same colours drawn otherwise, without end."""
     pairs = list(zip(COLOURS, MARKERS, strict=True))
     return cycle([{"color": colour, "marker": marker, **more} for more in ROUNDS for colour, marker in pairs])
 
 
-def _panels(patterns: int, lines: bool) -> tuple[Figure, list[Axes]]:
+def _panels(patterns: int, lines: bool, width: float) -> tuple[Figure, list[Axes]]:
     """A panel for `patterns` patterns, if any, and one for lines, right of it and with the same height axis."""
     if not patterns or not lines:
-        figure = Figure(figsize=(5.5 if patterns else 8, 5), layout="constrained")
+        figure = Figure(figsize=(min(width, 5.5 if patterns else 8), 5), layout="constrained")
         return figure, [figure.add_subplot()]
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(width, 5), layout="constrained")
     share = min(0.28 * patterns, 1.0)  # of the width of the lines' panel
     return figure, list(figure.subplots(1, 2, sharey=True, width_ratios=(share, 1)))
 
@@ -162,7 +169,7 @@ def _draw_patterns(axes: Axes, series: list[Series], patterns: list[str], top: f
     axes.set_xlabel("n:m pattern")
 
 
-def _label(axes: Axes, series: list[Series]) -> None:
+def label_lines(axes: Axes, series: list[Series]) -> None:
     """Markers and names beside the ends of the lines, right of the plot and moved apart where they would overlap.
 
     A setting without a line stands at the height of its last pattern.
@@ -177,12 +184,17 @@ def _label(axes: Axes, series: list[Series]) -> None:
     for height, (_, (x, y), one) in zip(heights, places, strict=True):
         colour = one.style["color"]
         axes.plot(1.05, height, transform=axes.transAxes, clip_on=False, markersize=5, **one.style)
-        axes.annotate(one.name, (1.05, height), (7, 0), "axes fraction", "offset points", fontsize=8, color=colour,
+        axes.annotate(_short(one.name), (1.05, height), (7, 0), "axes fraction", "offset points", fontsize=8, color=colour,
                       va="center", annotation_clip=False)  # fmt: skip
         if one.line:
             leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.4, "alpha": 0.6, "shrinkB": 4}
             end = (x, min(y, axes.get_ylim()[1]))
             axes.annotate("", end, (1.05, height), textcoords="axes fraction", annotation_clip=False, arrowprops=leader)
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for the plot; long settings mostly begin alike and differ at their end."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST // 3]} … {name[-LONGEST // 2 :]}"
 
 
 def _apart(heights: list[float], gap: float) -> list[float]:

@@ -17,9 +17,10 @@ from rich.progress import (
 
 
 class Reporter:
-    """Reports stages of known length. `quiet` says nothing at all."""
+    """Reports stages of known length. `quiet` says nothing at all. `tracker`: who gets the figures of trainings as well."""
 
-    def __init__(self, quiet: bool = False):
+    def __init__(self, quiet: bool = False, tracker: str | None = None):
+        self.tracker = tracker
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
         self._live = self.console.is_terminal and not quiet
 

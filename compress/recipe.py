@@ -174,6 +174,7 @@ class Recipe(_Frozen):
     recover: list[str] = Field([], description="what wins back the loss that compression cost, in order")
     recover_for: str = Field("15min", description="what each method that trains may take: 15min, 90s or 200000tokens")
     adapter_bits: Literal[1, 2, 4, 8, 16] = Field(16, description="bits of each number of an adapter's factors")
+    scatter: bool = Field(False, description="the last adapters are for the dense model, and lie beside the checkpoint")
     sequential: bool = Field(False, description="within a block, calibrate each layer on already compressed ones")
     format: str = Field("auto", description="auto, compressed-tensors, gptq or native")
     options: dict[str, dict[str, Any]] = Field(default_factory=dict, description="by method name")
@@ -202,7 +203,7 @@ class Recipe(_Frozen):
         if self.recover and not (self.prunes or self.quantizes):
             raise ValueError(f"recover {self.recover[0]} has nothing to do: give --wbits, --sparsity or --pattern")
         if not self.recover:
-            for name in ("recover_for", "adapter_bits"):
+            for name in ("recover_for", "adapter_bits", "scatter"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} {getattr(self, name)} has nothing to do: give --recover")
         return self

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compress.kernels.correction import Correction
+from compress.kernels.sparse24_weight import Sparse24IntWeight
 from compress.kernels.weights import PackedWeight
 from compress.options import MethodOptions
 
@@ -40,9 +41,16 @@ class StudentLayer:
     packed: PackedWeight | None  # None: not quantized, `module.weight` is the weight
     keep: Tensor | None  # [out, in] bool, False where pruned; None: nothing is
     correction: Correction | None  # what an earlier method adds to the weight
-    dtype: torch.dtype  # of the model
+    dtype: torch.dtype  # of the model while it trains
     dense: Callable[[], Tensor]  # the weight before compression, float32 [out, in], read from the files
     put: Callable[[nn.Module], None]  # places another module where the layer stands
+
+    @property
+    def kept(self) -> Tensor | None:
+        """Which weights may be other than zero, bool [out, in]; None: all."""
+        if self.keep is None and isinstance(self.packed, Sparse24IntWeight):
+            return self.packed.keep()
+        return self.keep
 
 
 @dataclass
@@ -51,6 +59,8 @@ class Student:
 
     lm: nn.Module
     layers: dict[str, StudentLayer]
+    windows: Tensor | None = None  # [n, seqlen] int64, of the text that it will learn from
+    scatter: bool = False  # adapters are for the dense model, and leave these layers as they are
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,7 @@ class Recovered:
     packed: PackedWeight | None = None
     weight: Tensor | None = None  # [out, in] float32, of a layer that is not quantized
     correction: Correction | None = None
+    for_dense: Correction | None = None  # what was learned for the dense model instead
 
 
 @dataclass

@@ -9,6 +9,7 @@
     teacher/             the dense model's last hidden states on the text that recovery learns from
     blocks/0007.safetensors, 0007.json   a finished block; its checksum and figures, written after it
     blocks/0007-1.safetensors, 0007-1.json   the same after the first method of recovery that trains
+                                             (a sweep's shared folder has blocks/ of runs that only train differently)
     result.json          the figures of the finished run
 
 A block counts as finished when its checksum file is there and holds. The block files are removed once the checkpoint
@@ -21,6 +22,8 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +33,19 @@ from torch import Tensor
 
 from compress.calib.weight_files import read_all
 from compress.errors import InputError, RunError
-from compress.files import disk_errors, sha256, write_json, write_tensors, write_text
+from compress.files import disk_errors, replace_file, sha256, write_json, write_tensors, write_text
 from compress.recipe import Recipe, read_recipe
 
 MEND = "take another --out, or remove it to start over"
 OF_THE_DENSE_MODEL = ("tokens", "gradients", "teacher")  # what runs of one model on the same text have in common
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Where runs of one sweep keep what they have in common."""
+
+    folder: Path
+    blocks: str | None = None  # name of the blocks that this run has in common with others before anything trains
 
 
 class RunDir:
@@ -45,10 +56,12 @@ class RunDir:
     either, InputError if the folder belongs to another recipe or model.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, fingerprint: dict[str, Any], shared: Path | None = None):
+    def __init__(self, path: Path, recipe: Recipe, fingerprint: dict[str, Any], shared: Shared | None = None):
         self.path = path
         self.blocks = path / "blocks"
-        self._shared = None if shared is None else shared / _common_name(recipe, fingerprint)
+        self._shared = None if shared is None else shared.folder / _common_name(recipe, fingerprint)
+        named = None if shared is None else shared.blocks
+        self._common_blocks = None if self._shared is None or named is None else self._shared / "blocks" / named
         with contextlib.ExitStack() as stack:
             stack.enter_context(held(path))
             if self._shared is not None:
@@ -122,6 +135,16 @@ class RunDir:
         """The figures that `save` was given."""
         return json.loads(self._block(key)[1].read_text())["figures"]
 
+    def borrow_blocks(self) -> None:
+        """Take over what blocks another run has lent to those that share them."""
+        if self._common_blocks is not None:
+            _link_files(self._common_blocks, self.blocks)
+
+    def lend_blocks(self) -> None:
+        """Let others have the finished blocks as they are before anything trains."""
+        if self._common_blocks is not None:
+            _link_files(self.blocks, self._common_blocks)
+
     def drop_blocks(self) -> None:
         """Remove the block files and this run's own gradients and teacher, after the checkpoint made of them is on disk."""
         for file in self.blocks.iterdir():
@@ -170,7 +193,26 @@ def _common_name(recipe: Recipe, fingerprint: dict[str, Any]) -> str:
     rounded = None if target.head_bits == 16 else (target.head_bits, target.group_size)  # the blocks see that head
     calib = recipe.calib.model_dump(exclude={"refresh_gradients"})
     facts = [fingerprint["model"], recipe.model, recipe.revision, recipe.dtype, calib, rounded]
+    return digest(facts)
+
+
+def digest(facts: Any) -> str:
+    """A name of 16 letters and digits for what JSON can hold."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _link_files(source: Path, target: Path) -> None:
+    """Give `target` the blocks before any training that it lacks, without room of their own where the file system can."""
+    with disk_errors(target):
+        target.mkdir(parents=True, exist_ok=True)
+        for file in source.glob("*.*"):
+            own = target / file.name
+            if own.exists() or "-" in file.stem:
+                continue
+            try:
+                own.hardlink_to(file)
+            except OSError:  # a file system without links
+                replace_file(own, partial(shutil.copyfile, file))
 
 
 class Finished:

@@ -2,6 +2,7 @@
 
 import shutil
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,10 +20,10 @@ from compress.pipeline import compress, files_fingerprint, open_model
 from compress.plan import plan_layers
 from compress.progress import Reporter
 from compress.recipe import Recipe
-from compress.run_dir import Finished, check_claim, held, read_json
+from compress.run_dir import Finished, Shared, check_claim, digest, held, read_json
 from compress.steps import find_steps
 from compress.whole_model import drop_smaller, prepare, prunes_whole_model
-from compress.whole_recovery import prepare_recovery
+from compress.whole_recovery import prepare_recovery, untrained
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def run_all(bench: Bench, runs: list[Run]) -> Iterator[dict[str, Any]]:
     with held(bench.out):
         fingerprint = _check(bench, runs)
         own_peaks, whole = forget_peak(), True
+        common = _common_blocks(runs)
         bench.reporter.say("measuring the dense model")
         dense = _perplexity(bench, bench.model, Measurements(bench.out / "dense.json"), {"model": fingerprint})
         yield dense
@@ -131,7 +133,7 @@ def run_all(bench: Bench, runs: list[Run]) -> Iterator[dict[str, Any]]:
             row, trace = run.description(), run.folder / "error.txt"
             trace.unlink(missing_ok=True)
             try:
-                row |= _figures(bench, run)
+                row |= _figures(bench, run, common.get(run.folder))
                 row["ratio"] = row["perplexity"] / dense["perplexity"]
                 if not own_peaks:
                     row["peak_rss_bytes"] = None
@@ -142,6 +144,9 @@ def run_all(bench: Bench, runs: list[Run]) -> Iterator[dict[str, Any]]:
                 bench.reporter.say(f"failed: {row['failed']}")
                 whole = False
             yield row
+        if whole:
+            for blocks in bench.shared.glob("*/blocks"):
+                shutil.rmtree(blocks)
         if whole and not bench.keep:
             for gradients in bench.shared.glob("*/gradients"):  # as large as the model; the tokens stay
                 shutil.rmtree(gradients)
@@ -168,8 +173,15 @@ def _check(bench: Bench, runs: list[Run]) -> dict[str, Any]:
     return fingerprint
 
 
-def _figures(bench: Bench, run: Run) -> dict[str, Any]:
-    """One run's figures, measured now or before."""
+def _common_blocks(runs: list[Run]) -> dict[Path, str]:
+    """The folders of runs that differ from another only in what trains after the blocks; a name for what they share."""
+    names = {run.folder: digest(untrained(run.recipe).model_dump()) for run in runs}
+    times = Counter(names.values())
+    return {folder: name for folder, name in names.items() if times[name] > 1}
+
+
+def _figures(bench: Bench, run: Run, blocks: str | None) -> dict[str, Any]:
+    """One run's figures, measured now or before. `blocks`: the name of those that it shares with other runs."""
     record = Measurements(run.folder / "run" / "measurements.json")
     result = Finished(run.folder / "run").read()
     disposable = run.folder / "run" / "disposable"  # only what a bench made to be measured is ever removed
@@ -182,7 +194,8 @@ def _figures(bench: Bench, run: Run) -> dict[str, Any]:
     lost = bench.keep and not (run.folder / "config.json").exists()  # removed by a sitting that was to keep none
     if result is None or lost or any(record.get(each) is None for each in asked):
         forget_peak()
-        shared = None if prunes_whole_model(run.recipe) else bench.shared  # its blocks are of another model
+        own_model = prunes_whole_model(run.recipe)  # then its blocks are of another model
+        shared = None if own_model else Shared(bench.shared, blocks)
         result = compress(run.recipe, bench.model, run.folder, bench.reporter, bench.device, shared)
     found = _perplexity(bench, run.folder, record, {}) | _speed(bench, run.folder, record)
     if disposable.exists():

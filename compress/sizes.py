@@ -1,7 +1,8 @@
 """How many bytes a plan comes to in a checkpoint: what a budget is held against."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,10 +10,14 @@ from torch import Tensor
 from compress.allocate.choices import Budget
 from compress.calib.layers import Layer
 from compress.calib.model import Model
+from compress.checkpoint.adapter import PEFT_PREFIX
 from compress.checkpoint.formats import as_held, find_format
+from compress.checkpoint.manifest import CorrectionEntry
 from compress.checkpoint.stored import StoredLayer
 from compress.checkpoint.writer import most_bytes, overhead_bytes
+from compress.kernels.correction import Correction
 
+SHARE = 64  # bytes of what an adapter's file has beside its layers, for each of them
 UNKNOWN_FORMAT = "native"  # what is counted in while the format is not chosen: no other has smaller layers
 
 
@@ -27,15 +32,16 @@ class Sizes:
     def of(self, layer: Layer, stored: StoredLayer | None) -> int:
         """Bytes of one layer of the blocks; `stored`: without values, None if it is not quantized.
 
-        For a budget in bits the bytes of the weight itself, otherwise at most what it takes in the files.
+        For a budget in bits the bytes of the weight and its correction, otherwise at most what they take in the files.
         """
         out_features, in_features = layer.shape
         if self.budget.unit == "bits":
             dense = out_features * in_features * self.model.dtype.itemsize
-            return dense if stored is None else as_held(self._named, stored).packed.nbytes
+            return dense if stored is None else as_held(self._named, stored).packed.nbytes + _added(stored)
         if stored is None:
             return most_bytes({layer.name: torch.empty(layer.shape, dtype=self.model.dtype, device="meta")})
-        return most_bytes(_layer_tensors(self.model, self._named, stored))
+        added = 0 if stored.correction is None else _most_adapter_bytes(stored.name, stored.correction)
+        return most_bytes(_layer_tensors(self.model, self._named, stored)) + added
 
     def room(self, layers: list[Layer], head: list[StoredLayer]) -> int:
         """The bytes that the budget leaves for `layers`, all of the blocks; `head`: embeddings and head if packed."""
@@ -59,7 +65,8 @@ def checkpoint_bytes(model: Model, format_name: str, packed: list[StoredLayer]) 
     """Bytes of all tensors of a checkpoint in which these layers are packed; headers of files not counted."""
     replaced = {layer.param for layer in packed}
     dense = sum(tensor.nbytes for name, tensor in _tensors(model).items() if name not in replaced)
-    return dense + sum(t.nbytes for layer in packed for t in _layer_tensors(model, format_name, layer).values())
+    inside = sum(t.nbytes for layer in packed for t in _layer_tensors(model, format_name, layer).values())
+    return dense + inside + sum(map(_added, packed))
 
 
 def dense_bytes(model: Model) -> int:
@@ -81,6 +88,18 @@ def _tensors(model: Model) -> dict[str, Tensor]:
 
 
 def _layer_tensors(model: Model, format_name: str, stored: StoredLayer) -> Mapping[str, Tensor]:
-    """The tensors of one packed layer in a format's files, without values."""
-    tensors: Mapping[str, Tensor] = find_format(format_name).layer_tensors(as_held(format_name, stored), model.dtype)
+    """The tensors of one packed layer in a format's files, without values; its correction is in a file of its own."""
+    held = as_held(format_name, replace(stored, correction=None))
+    tensors: Mapping[str, Tensor] = find_format(format_name).layer_tensors(held, model.dtype)
     return tensors
+
+
+def _most_adapter_bytes(name: str, correction: Correction) -> int:
+    """At most what a layer's correction takes in the adapter's file, with a share of the file's beginning."""
+    parts = {f"{PEFT_PREFIX}{name}.{part}{'.' * 13}": tensor for part, tensor in correction.tensors().items()}
+    line = CorrectionEntry.of(correction).model_dump_json()
+    return most_bytes(parts) + len(json.dumps(f'"{name}":{line},')) + SHARE
+
+
+def _added(stored: StoredLayer) -> int:
+    return 0 if stored.correction is None else stored.correction.nbytes

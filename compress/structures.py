@@ -114,13 +114,21 @@ class Structures:
     def removed(self, name: str, tensor: Tensor, keep: dict[str, Tensor]) -> Tensor:
         """What is left of a block's parameter, `name` within its block, when only `keep` (bool [size] each) stays."""
         layer, _, attribute = name.rpartition(".")
+        rows, columns = self.stays(layer, keep)
+        if rows is not None:
+            tensor = tensor[rows]
+        return tensor if columns is None or attribute != "weight" else tensor[:, columns]
+
+    def stays(self, layer: str, keep: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """Which outputs and which inputs of a block's layer stay, bool [out] and [in]; None: all."""
+        rows = columns = None
         for kind in self.kinds:
             for port in kind.writers:
                 if port.layer == layer:
-                    tensor = tensor[keep[kind.name].repeat_interleave(port.span)]
-            if kind.reader.layer == layer and attribute == "weight":
-                tensor = tensor[:, keep[kind.name].repeat_interleave(kind.reader.span)]
-        return tensor
+                    rows = keep[kind.name].repeat_interleave(port.span)
+            if kind.reader.layer == layer:
+                columns = keep[kind.name].repeat_interleave(kind.reader.span)
+        return rows, columns
 
 
 _CONFIG_KEYS = {CHANNELS: ("intermediate_size",), HEADS: ("num_attention_heads", "num_key_value_heads")}

@@ -42,8 +42,10 @@ def student_of(model: Model, blocks: Iterable[Contents], journal: Journal) -> It
     Each linear layer may have another put in its place, and keeps its codes of inputs, whose gradient is passed on as it
     is. Layers that are no `nn.Linear` (experts' slices, transformers' Conv1D) are what they decode to and learn
     nothing, with a line in the journal. Only what enters each block is kept for backward. Nothing is random: the model
-    is in its evaluation mode.
+    is in its evaluation mode. A float16 model is in float32 meanwhile, since float16 has no room for gradients; packed
+    weights stay as they are.
     """
+    half = list[Tensor]()
     blank = [copy.deepcopy(module) for module in model.modules]  # without weights
     dense, layers = _DenseWeights(model), dict[str, StudentLayer]()
     try:
@@ -60,8 +62,17 @@ def student_of(model: Model, blocks: Iterable[Contents], journal: Journal) -> It
                     note = "recovery leaves it: it is no nn.Linear"
                     journal.write(event="note", layer=layer.name, note=note)
             _recompute(block.module)
+        if model.dtype == torch.float16:
+            half = _widened(model.lm)
+            journal.write(
+                event="note",
+                layer="every layer",
+                note="recovery trains in float32: gradients are too small for float16",
+            )
         yield Student(model.lm, layers)
     finally:
+        for tensor in half:
+            tensor.data = tensor.data.half()
         dense.close()
         for index, module in enumerate(blank):
             model.modules[index] = module
@@ -110,12 +121,13 @@ def _linear(model: Model, layer: Layer, stored: StoredLayer | None, keep: Tensor
     place = _Place(model.lm, layer.name, None if stored is None else stored.inputs)
     module: Any = layer.owner
     packed, correction = None, None
+    dtype = torch.float32 if model.dtype == torch.float16 else model.dtype
     if stored is not None:
         packed, correction = moved(stored.packed, model.device), stored.correction
-        module = PackedLinear(packed, None if layer.bias is None else layer.bias.data, model.dtype)
+        module = PackedLinear(packed, None if layer.bias is None else layer.bias.data, dtype)
     place.put(module if correction is None else CorrectedLinear(module, correction))
     mask = None if keep is None else keep.to(model.device)
-    return StudentLayer(layer.name, module, packed, mask, correction, model.dtype, layer.weight.float, place.put)
+    return StudentLayer(layer.name, module, packed, mask, correction, dtype, layer.weight.float, place.put)
 
 
 def _freeze(layer: Layer, stored: StoredLayer | None) -> None:
@@ -125,6 +137,20 @@ def _freeze(layer: Layer, stored: StoredLayer | None) -> None:
         layer.install(stored.dequantize())
         if stored.inputs is not None:
             layer.owner.register_forward_pre_hook(_rounding(stored.inputs))
+
+
+def _widened(lm: nn.Module) -> list[Tensor]:
+    """Make all of a model float32 that is float16, but for what packed weights are made of. Returns what was."""
+    found: dict[int, Tensor] = {}
+    for module in lm.modules():
+        tensors = [
+            *module._parameters.values(),
+            *({} if isinstance(module, PackedLinear) else module._buffers).values(),
+        ]
+        found |= {id(tensor): tensor for tensor in tensors if tensor is not None and tensor.dtype == torch.float16}
+    for tensor in found.values():
+        tensor.data = tensor.data.float()
+    return list(found.values())
 
 
 class _Place:

@@ -97,8 +97,9 @@ def plan_runs(request: Request) -> tuple[list[Run], int]:
     columns = _columns(request)
     base = {**request.base, "model": request.model}
     settings = [(text, read_setting(text)) for text in split_settings(request.settings)]
+    out = request.out
     runs = [
-        Run(text, column.label, _recipe(request, base, (text, values), column), request.out / _name(text, column.label))
+        Run(text, column.label, _recipe(request, base, (text, values), column), out / folder_name(text, column.label))
         for text, values in settings
         for column in columns
     ]
@@ -148,7 +149,7 @@ def _recipe(request: Request, base: dict[str, Any], setting: tuple[str, dict[str
     return recipe
 
 
-def _name(setting: str, target: str) -> str:
+def folder_name(setting: str, target: str) -> str:
     """The folder of a run: different ones for different runs, and fit for any file system."""
     return quote(f"{setting.replace(':', ',', 1)}_{target.replace('%', '').replace(':', 'of')}", safe="+@=,")
 

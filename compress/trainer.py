@@ -34,7 +34,7 @@ class Course:
     """What is learned from: windows of text, the teacher's last hidden states there, and the teacher for its head."""
 
     windows: Tensor  # [n, seqlen] int64; the last tenth, of 16 at most, is held out
-    states: LastHidden
+    states: LastHidden | None  # None: nothing asks what the teacher says
     teacher: Any
     seed: int
 
@@ -118,7 +118,9 @@ class Training:
         """
         saved, every = time.monotonic(), max(1, -(-self.steps // EVALUATIONS))
         while self.step < self.steps:
+            began = time.monotonic()
             figures = self._advance()
+            figures["tokens_per_second"] = round(self._tokens_a_step / (time.monotonic() - began), 3)
             if self.step % every == 0 or self.step == self.steps:
                 figures["held_out"] = self._evaluate()
             session.tell(self.step, figures)
@@ -188,9 +190,11 @@ class Training:
             random = torch.Generator().manual_seed((self.course.seed * 1_000_003 + draw) % 2**63)
             chosen = torch.randperm(len(places), generator=random)[: math.ceil(options.positions * len(places))]
             places = places[chosen.sort().values]
-        states, device = self.course.states[at], next(self.lm.parameters()).device
+        device, states = next(self.lm.parameters()).device, None
         targets, places = tokens.flatten()[places + 1].to(device), places.to(device)
-        lesson = Lesson(places, targets, states.flatten(0, 1)[places], self.course.teacher, options.kl, options.ce)
+        if self.course.states is not None:
+            states = self.course.states[at].flatten(0, 1)[places]
+        lesson = Lesson(places, targets, states, self.course.teacher, options.kl, options.ce)
         return distillation_loss(self.lm, tokens.to(device), lesson)
 
     @torch.no_grad()

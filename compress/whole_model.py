@@ -2,6 +2,7 @@
 
 run/training_text.safetensors   the windows a method learns from
 run/training.safetensors        what a killed training goes on from
+run/kept.safetensors            which outputs and inputs of each layer stay, bool: NAME.rows and NAME.columns
 run/pruned/                     the smaller model, an ordinary checkpoint; pruned.json, written before its config.json
 """
 
@@ -21,7 +22,7 @@ from compress.calib.texts import check_source
 from compress.checkpoint.save import files_along
 from compress.checkpoint.writer import ShardWriter, remove_checkpoint
 from compress.errors import InputError
-from compress.files import replace_file, write_json
+from compress.files import replace_file, write_json, write_tensors
 from compress.progress import Reporter, Stage
 from compress.recipe import Recipe
 from compress.report import Report, size, table
@@ -29,9 +30,12 @@ from compress.run_dir import Journal, RunDir, read_json
 from compress.sizes import dense_bytes, n_parameters
 from compress.steps import find_method, find_options, whole_model
 from compress.structures import Masks, Structures, find_structures, with_sizes
+from compress.tracker import tracked
 from compress.training import Session, Trainee, require_peft
 
 PRUNED = "pruned"  # folder of the smaller model, in a run's
+KEPT = "kept.safetensors"
+TRACKER = "tracker"  # folder of trackers that write files, in a run's
 TOLD_EVERY = 10  # steps between lines of the journal
 
 
@@ -88,9 +92,10 @@ def prune_whole_model(recipe: Recipe, model: Model, run: RunDir, reporter: Repor
     windows = run.once("training_text", lambda: {"windows": _windows(recipe, model)})["windows"]
     trainee = Trainee(model, structures, options.lora_rank, recipe.calib.seed)
     with reporter.stage(f"{name}, step", options.steps) as stage:
-        session = Session(file, Teller(name, stage, run.journal))
         method = find_method("prune", name)
-        keep, figures = method.prune_model(trainee, windows, recipe.target.density_gap, options, session)
+        with tracked(Teller(name, stage, run.journal), reporter.tracker, run.path / TRACKER, name) as tell:
+            session = Session(file, tell)
+            keep, figures = method.prune_model(trainee, windows, recipe.target.density_gap, options, session)
     if session.earlier:
         run.journal.write(event="replayed", method=name, seconds=session.earlier)
     figures["training_seconds"] = session.seconds
@@ -152,6 +157,7 @@ def _windows(recipe: Recipe, model: Model) -> Tensor:
 def _write(model: Model, structures: Structures, keep: Masks, run: RunDir, figures: dict[str, Any]) -> None:
     """The smaller model as an ordinary checkpoint; config.json last."""
     folder = run.path / PRUNED
+    write_tensors(run.path / KEPT, _kept(model, structures, keep))
     writer = ShardWriter(folder)
     for name, tensor in model.as_stored(model.outside()).items():
         writer.add(name, tensor)
@@ -170,6 +176,18 @@ def _write(model: Model, structures: Structures, keep: Masks, run: RunDir, figur
         config.pop(stale, None)
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     write_json(folder / "config.json", with_sizes(config, figures["sizes"]))
+
+
+def _kept(model: Model, structures: Structures, keep: Masks) -> dict[str, Tensor]:
+    """What stays of each layer that has lost something."""
+    found: dict[str, Tensor] = {}
+    for index in range(model.n_blocks):
+        chosen = {name: masks[index] for name, masks in keep.items()}
+        for layer in {port.layer for kind in structures.kinds for port in (*kind.writers, kind.reader)}:
+            stays = dict(zip(("rows", "columns"), structures.stays(layer, chosen), strict=True))
+            name = f"{model.path}.{index}.{layer}"
+            found |= {f"{name}.{what}": mask.cpu() for what, mask in stays.items() if mask is not None}
+    return found
 
 
 def estimate_whole_model(recipe: Recipe, model: Model) -> Report:

@@ -9,6 +9,7 @@ run/blocks/0007-1.safetensors           a block after the first of these methods
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from compress.blocks import block_key
 from compress.calib.data import training_windows
 from compress.calib.model import Model
 from compress.calib.texts import check_source
+from compress.calib.weight_files import read_all
+from compress.checkpoint.adapter import FOR_DENSE, write_peft
 from compress.checkpoint.formats import as_held
 from compress.checkpoint.native import Contents, decode, encode
 from compress.checkpoint.stored import StoredLayer
@@ -27,15 +30,17 @@ from compress.progress import Reporter
 from compress.recipe import Recipe
 from compress.recover.variants import AdapterOptions
 from compress.recovery import Recovered, TrainOptions
-from compress.steps import find_method, find_options, whole_model
+from compress.steps import find_method, find_options, methods, whole_model
 from compress.student import student_of, with_results
-from compress.teacher import last_hidden_states
+from compress.teacher import LastHidden, last_hidden_states
+from compress.tracker import tracked
 from compress.trainer import Course, Training, held_out
 from compress.training import Session, require_peft
 from compress.training_budget import TrainingBudget
-from compress.whole_model import Teller, prunes_whole_model
+from compress.whole_model import KEPT, TRACKER, Teller, prunes_whole_model
 from compress.work import Work
 
+TRIES = 5  # of what a window costs
 FEWEST = 8  # windows to learn from, however short the time
 RECOVERY = "recovery"  # in the figures of the first block: those of the method
 
@@ -50,9 +55,24 @@ def trained_options(recipe: Recipe) -> list[tuple[str, Any]]:
     return [(name, find_options("recover", name, recipe.options.get(name, {}))) for name in trained_methods(recipe)]
 
 
+def untrained(recipe: Recipe) -> Recipe:
+    """The same run without the methods that train the whole model: what its blocks are before them depends on."""
+    trained = trained_methods(recipe)
+    if not trained:
+        return recipe
+    recover = [name for name in recipe.recover if name not in trained]
+    options = {name: values for name, values in recipe.options.items() if name not in trained}
+    plain = {name: Recipe.model_fields[name].default for name in ("recover_for", "adapter_bits", "scatter", "train")}
+    if recover:
+        plain["adapter_bits"] = recipe.adapter_bits
+    return recipe.model_copy(update={"recover": recover, "options": options, **plain})
+
+
 def prepare_recovery(recipe: Recipe) -> None:
     """Raise InputError for methods of recovery that the recipe cannot be followed with; nothing is done."""
     trained = trained_methods(recipe)
+    if recipe.scatter:
+        _prepare_scatter(recipe)
     if not trained:
         return
     if late := [name for name in recipe.recover[recipe.recover.index(trained[0]) :] if name not in trained]:
@@ -68,6 +88,15 @@ def prepare_recovery(recipe: Recipe) -> None:
         check_source(recipe.train)
 
 
+def _prepare_scatter(recipe: Recipe) -> None:
+    """Raise InputError where the last method of recovery has no adapters for the dense model."""
+    scatters = [name for name, method in methods("recover").items() if getattr(method, "SCATTERS", False)]
+    if (last := recipe.recover[-1]) not in scatters:
+        raise InputError(f"{last} learns nothing for the dense model: leave out --scatter, or end with {scatters[0]}")
+    if find_options("recover", last, recipe.options.get(last, {})).sparse:  # type: ignore[attr-defined]
+        raise InputError(f"no adapter of PEFT holds single weights: leave out --scatter, or --set {last}.sparse")
+
+
 def training_cost(recipe: Recipe, model: Model) -> tuple[int, float]:
     """About how many tokens all methods learn from together, and the seconds that it takes, the teacher's among them.
 
@@ -78,7 +107,8 @@ def training_cost(recipe: Recipe, model: Model) -> tuple[int, float]:
         windows = _windows_of(recipe, model, options.seqlen)
         tokens += windows * options.seqlen
         a_window = _seconds(model, options.seqlen)
-        seconds += (windows * a_window if budget.seconds is None else budget.seconds) + windows * a_window / 4
+        teaching = windows * a_window / 4 if options.kl else 0.0
+        seconds += (windows * a_window if budget.seconds is None else budget.seconds) + teaching
     return tokens, seconds
 
 
@@ -119,29 +149,41 @@ class Recovery:
     def _recover(self, number: int, name: str, options: TrainOptions) -> dict[str, Any]:
         run, model = self.work.run, self.work.model
         windows = self._windows(name, options.seqlen)
-        started = time.monotonic()
-        states = last_hidden_states(self.teacher, windows, run.folder_of("teacher") / "teacher", self.reporter)
-        run.journal.write(event="teacher", tokens=windows.numel(), seconds=round(time.monotonic() - started, 3))
+        states = self._taught(windows) if options.kl else None
         course = Course(windows, states, self.teacher.lm, self.recipe.calib.seed)
         session = Session(run.path / f"recovery_{number}.safetensors", lambda *_: None)
         self.peak = max(self.peak, peak_rss_bytes())
         own_peak = forget_peak()
         with student_of(model, self._blocks(number - 1), run.journal) as student:
+            student.windows = windows[: len(windows) - course.n_held_out]
+            student.scatter = self.recipe.scatter and number == len(trained_methods(self.recipe))
             learner = find_method("recover", name).recover_model(student, options)
             training = Training(student.lm, learner, course, options, name)
             training.begin(TrainingBudget.read(self.recipe.recover_for), session)
-            with self.reporter.stage(f"{name}, step", training.steps) as stage:
-                session.tell = Teller(name, stage, run.journal)
+            with (
+                self.reporter.stage(f"{name}, step", training.steps) as stage,
+                tracked(Teller(name, stage, run.journal), self.reporter.tracker, run.path / TRACKER, name) as tell,
+            ):
+                session.tell = tell
                 figures = {"method": name, **training.run(session)}
             figures["peak_rss_bytes"] = peak_rss_bytes() if own_peak else None
             results = learner.results()
-        states.close()
+        if states is not None:
+            states.close()
         if session.earlier:
             run.journal.write(event="replayed", method=name, seconds=session.earlier)
+        self._write_for_dense(results)
         self._save(number, results, figures)
         session.file.unlink()
         run.journal.write(event="recovered", **figures)
         return figures
+
+    def _taught(self, windows: Tensor) -> LastHidden:
+        """What the dense model's last hidden states are there."""
+        run, started = self.work.run, time.monotonic()
+        states = last_hidden_states(self.teacher, windows, run.folder_of("teacher") / "teacher", self.reporter)
+        run.journal.write(event="teacher", tokens=windows.numel(), seconds=round(time.monotonic() - started, 3))
+        return states
 
     def _windows(self, name: str, seqlen: int) -> Tensor:
         """The text to learn from, and some more to hold out: tokens [n, seqlen]."""
@@ -174,6 +216,21 @@ class Recovery:
             own["bits"] += sum(map(self._bits, after.layers)) - sum(map(self._bits, before.layers))
             work.run.save(_key(index, number), *encode(after), own)
 
+    def _write_for_dense(self, results: dict[str, Recovered]) -> None:
+        """Put what was learned for the dense model beside the checkpoint, with zeros where the model was made smaller."""
+        learned = {name: each.for_dense for name, each in results.items() if each.for_dense is not None}
+        if not learned:
+            return
+        run, dtype = self.work.run, self.work.model.dtype
+        kept = read_all(run.path / KEPT)[0] if prunes_whole_model(self.recipe) else {}
+        scattered = {
+            name: each.scattered(kept.get(f"{name}.rows"), kept.get(f"{name}.columns")).to(dtype)
+            for name, each in learned.items()
+        }
+        folder = run.path.parent / FOR_DENSE
+        write_peft(folder, scattered, base_model=self.recipe.model)
+        run.journal.write(event="note", layer="every layer", note=f"the adapter for the dense model is in {folder}")
+
     def _bits(self, layer: StoredLayer) -> int:
         """Bits of a layer in the checkpoint, its correction counted."""
         added = 0 if layer.correction is None else layer.correction.nbytes
@@ -186,25 +243,35 @@ def _key(index: int, number: int) -> str:
 
 
 def _windows_of(recipe: Recipe, model: Model, seqlen: int) -> int:
-    """How many windows a method can go through once; for a budget in time a power of two, about what there is time for."""
+    """How many windows a method can go through once; for a budget in time a power of two, and no fewer than there is time for.
+
+    What a step takes is measured later, with the model in memory; too few windows would then be learned from twice.
+    """
     budget = TrainingBudget.read(recipe.recover_for)
     if budget.tokens is not None:
         return max(1, -(-budget.tokens // seqlen))
     assert budget.seconds is not None
-    return max(FEWEST, 2 ** round(math.log2(max(1.0, budget.seconds / _seconds(model, seqlen)))))
+    return max(FEWEST, 2 ** math.ceil(math.log2(max(1.0, budget.seconds / _seconds(model, seqlen)))))
 
 
 def _seconds(model: Model, seqlen: int) -> float:
-    """About what a window costs: the first block stands for all, which run forward twice and backward."""
+    """About what a window costs: the first block stands for all, which run forward twice and backward.
+
+    The least of some tries counts, as other work on the machine only makes one longer.
+    """
     window = torch.zeros(seqlen, dtype=torch.int64)
     hidden = model.embed(window)
     with model.loaded(0) as block:
-        block(hidden)
-        started = time.monotonic()
-        block(hidden)
-        blocks = (time.monotonic() - started) * model.n_blocks
+        blocks = _least_seconds(partial(block, hidden)) * model.n_blocks
     some = min(seqlen, 64)
-    started = time.monotonic()
-    model.logits(hidden[:, :some])
-    head = (time.monotonic() - started) * seqlen / some
+    head = _least_seconds(partial(model.logits, hidden[:, :some])) * seqlen / some
     return 4 * blocks + 4 * head
+
+
+def _least_seconds(work: Callable[[], Any]) -> float:
+    found = []
+    for _ in range(TRIES):
+        started = time.monotonic()
+        work()
+        found.append(time.monotonic() - started)
+    return min(found)

@@ -6,11 +6,8 @@ could do without (gradients of embeddings and norms), and its time is that of fo
 that of the whole pass, with reading blocks, keeping their inputs and writing the result.
 """
 
-import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +19,13 @@ from compress.calib.gradients import GradientPass, LayerGradients
 from compress.calib.layers import linear_layers
 from compress.calib.skeleton import quiet
 from compress.calib.weight_files import read_all
-from compress.clock import peak_rss_bytes
+from compress.clock import Measured, alone, peak_rss_bytes
 from compress.files import write_tensors
 from compress.pipeline import open_model
 from compress.progress import Reporter
 from compress.report import Report, duration, size, table
 
 FIELD = "grad_sq"
-Measured = dict[str, float]  # seconds, peak_rss_bytes
 
 
 def bench_gradients(model_folder: Path, calib: tuple[str, int, int], device: str) -> Report:
@@ -42,9 +38,9 @@ def bench_gradients(model_folder: Path, calib: tuple[str, int, int], device: str
     with tempfile.TemporaryDirectory() as temporary:
         ours, theirs = Path(temporary) / "streamed", Path(temporary) / "in_memory"
         reporter.say("measuring the streamed pass")
-        streamed = _alone(_streamed, model_folder, tokens, ours, device)
+        streamed = alone(_streamed, model_folder, tokens, ours, device)
         reporter.say("measuring the whole model in memory")
-        whole = _alone(_in_memory, model_folder, tokens, theirs, device, blocks, dtype)
+        whole = alone(_in_memory, model_folder, tokens, theirs, device, blocks, dtype)
         differences = _differences(ours, theirs, len(blocks))
     worst = max(differences, key=lambda name: differences[name])
     ratios = {key: streamed[key] / whole[key] for key in streamed}
@@ -56,12 +52,6 @@ def bench_gradients(model_folder: Path, calib: tuple[str, int, int], device: str
     ]
     closing = f"{FIELD} differs by {differences[worst]:.2g} of its norm at most ({worst}), computed in {dtype}"
     return Report(data, [table("", ["", "streamed", "in memory", "ratio"], rows), closing])
-
-
-def _alone(measure: Callable[..., Measured], *arguments: Any) -> Measured:
-    """What `measure` finds in a fresh process, whose peak memory is its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(measure, *arguments).result()
 
 
 def _streamed(folder: Path, tokens: list[list[int]], out: Path, device: str) -> Measured:

@@ -26,6 +26,7 @@ from compress.kernels.correction import Correction
 
 KEY = "compress_adapter"  # in config.json: the file, from the checkpoint's folder
 FOLDER = "adapter"
+FOR_DENSE = "adapter-for-dense"  # the folder of adapters that the dense model takes (`--scatter`)
 PEFT, PEFT_CONFIG, OWN = "adapter_model.safetensors", "adapter_config.json", "corrections.safetensors"
 PEFT_PREFIX = "base_model.model."  # PEFT's model, and the model in it
 LORA = {"a": "lora_A.weight", "b": "lora_B.weight"}
@@ -54,14 +55,23 @@ def write_adapter(out: Path, layers: Sequence[StoredLayer]) -> dict[str, str]:
         folder.mkdir(parents=True, exist_ok=True)
     corrections = {layer.name: layer.correction for layer in layers if layer.correction is not None}
     if all(layer.index is None for layer in layers) and all(map(_plain, corrections.values())):
-        write_tensors(folder / PEFT, _peft_tensors(corrections))
-        ranks = {name: each.rank for name, each in corrections.items()}
-        write_json(folder / PEFT_CONFIG, peft_config(ranks, all(layer.transposed for layer in layers)))
+        write_peft(folder, corrections, all(layer.transposed for layer in layers))
         return {KEY: f"{FOLDER}/{PEFT}"}
     lines = Lines(layers={name: CorrectionEntry.of(each) for name, each in corrections.items()})
     tensors = {f"{name}.{part}": t for name, each in corrections.items() for part, t in each.tensors().items()}
     write_tensors(folder / OWN, tensors, {"corrections": lines.model_dump_json(exclude_defaults=True)})
     return {KEY: f"{FOLDER}/{OWN}"}
+
+
+def write_peft(
+    folder: Path, corrections: Mapping[str, Correction], transposed: bool = False, base_model: str | None = None
+) -> None:
+    """Write products of low rank in floats as a LoRA adapter that PEFT loads. `transposed`: on Conv1D layers."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / PEFT, _peft_tensors(corrections))
+    ranks = {name: each.rank for name, each in corrections.items()}
+    write_json(folder / PEFT_CONFIG, peft_config(ranks, transposed) | {"base_model_name_or_path": base_model})
 
 
 def _plain(correction: Correction) -> bool:

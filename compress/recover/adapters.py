@@ -3,6 +3,10 @@
 On a packed layer an adapter learns beside the weight and ends as a `Correction`. On any other layer it is folded into the
 weight, and where weights are pruned only those that are left learn: W + (B A) ⊙ keep. PEFT finds packed layers by
 itself, as they are `nn.Linear`; what it must never do is merge, since it would add numbers to codes.
+
+With `sparse`, single weights S learn beside the product (DSEE, Chen et al., arXiv:2111.00160, section 3.2), at places that
+stay as they are chosen (`support`). With a student's `scatter`, adapters are those of LoRAM (Zhang et al.,
+arXiv:2502.13533): learned on the compressed model with nothing masked, used on the dense one.
 """
 
 import copy
@@ -16,31 +20,50 @@ from torch import Tensor, nn
 from compress.errors import InputError, RunError
 from compress.kernels.correction import Correction
 from compress.kernels.linear import CorrectedLinear, PackedLinear, recomputed_linear
+from compress.recover.beginnings import leading_inputs, support
 from compress.recover.variants import AFTER, NAME, STEPS, STORED, VARIANTS, AdapterOptions, Factors, Variant
 from compress.recovery import Learner, ParameterGroup, Recovered, Student, StudentLayer
 
 
-class MaskedAdapter(nn.Module):
-    """A pruned linear layer with its adapter: x (W + (B A) ⊙ keep)ᵀ. What is pruned stays exactly zero."""
+class MergedAdapter(nn.Module):
+    """A linear layer with its adapter in its weight: x (W + (B A) ⊙ keep + S)ᵀ. What is pruned stays exactly zero.
 
-    def __init__(self, adapter: nn.Module, factors: Factors, keep: Tensor):
+    `keep`: bool [out, in], None: nothing is pruned; `single`: the start of S, None: there is none. The weight is made
+    when it is used; in backward its whole gradient is, for as long as that layer takes.
+    """
+
+    def __init__(self, adapter: nn.Module, factors: Factors, keep: Tensor | None, single: Correction | None):
         super().__init__()
         self.adapter, self._factors = adapter, factors
-        self.register_buffer("pruned", ~keep, persistent=False)
+        self.register_buffer("pruned", None if keep is None else ~keep, persistent=False)
+        self.register_buffer("index", None if single is None else single.index, persistent=False)
+        self.value: nn.Parameter | None
+        start = None if single is None or single.value is None else nn.Parameter(single.value.float())
+        self.register_parameter("value", start)
 
     def weight(self) -> Tensor:
         """float32 [out, in]."""
-        return self._make(*self._factors(self.adapter))
+        return self._make(*self._learning())
 
-    def _make(self, a: Tensor, b: Tensor) -> Tensor:
+    def _learning(self) -> tuple[Tensor, ...]:
+        factors = self._factors(self.adapter)
+        return factors if self.value is None else (*factors, self.value)
+
+    def _make(self, a: Tensor, b: Tensor, *values: Tensor) -> Tensor:
         base: Any = self.adapter.base_layer
+        frozen = base.values() if isinstance(base, PackedLinear) else base.weight.float()
         with torch.autocast(a.device.type, enabled=False):  # a small B A is lost in bfloat16
-            return torch.addmm(base.weight.float(), b, a).masked_fill(self.get_buffer("pruned"), 0.0)
+            weight = torch.addmm(frozen, b, a)
+        if isinstance(pruned := self.pruned, Tensor):
+            weight = weight.masked_fill(pruned, 0.0)
+        for value in values:
+            weight = weight.flatten().index_add(0, self.get_buffer("index").long(), value).view_as(weight)
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
         base: Any = self.adapter.base_layer
-        out = recomputed_linear(x, self._make, *self._factors(self.adapter))
+        out = recomputed_linear(x, self._make, *self._learning())
         return out if base.bias is None else out + base.bias
 
 
@@ -54,27 +77,49 @@ class _Adapted:
     fixed: Correction | None  # of an earlier method, below the adapter
 
     @torch.no_grad()
-    def result(self, factors: Factors | None) -> Recovered:
-        if isinstance(self.module, MaskedAdapter):
-            return Recovered(weight=self.module.weight())
-        if factors is None:
-            return Recovered(weight=_effective_weight(self.adapter))
+    def result(self, factors: Factors | None, scatter: bool) -> Recovered:
+        if self.layer.packed is None and not scatter:
+            return Recovered(weight=self._folded(factors))
+        assert factors is not None  # _check refuses others
         a, b = (factor.detach().float() for factor in factors(self.adapter))
-        if self.layer.packed is None:
-            return Recovered(weight=torch.addmm(self.adapter.base_layer.weight.float(), b, a))
         learned = a.ne(0).any(1)  # AdaLoRA leaves rows of zeros
         a, b = a[learned], b[:, learned].contiguous()
-        if self.fixed is None:
-            return Recovered(self.layer.packed, correction=Correction(a, b))
-        a, b = torch.cat([self.fixed.a.to(a), a]), torch.cat([self.fixed.b.to(b), b], 1)
-        return Recovered(self.layer.packed, correction=Correction(a, b, self.fixed.index, self.fixed.value))
+        if scatter:
+            packed, correction = self.layer.packed, self.layer.correction
+            weight = self.layer.module.weight.float() if packed is None else None
+            return Recovered(packed, weight, correction, for_dense=Correction(a, b))
+        if self.fixed is not None:
+            a, b = torch.cat([self.fixed.a.to(a), a]), torch.cat([self.fixed.b.to(b), b], 1)
+        return Recovered(self.layer.packed, correction=Correction(a, b, *self._single()))
+
+    def _single(self) -> tuple[Tensor | None, Tensor | None]:
+        """The places and the values of single weights beside a packed one."""
+        if isinstance(self.module, MergedAdapter) and self.module.value is not None:
+            return self.module.get_buffer("index"), self.module.value.detach().clone()
+        return (None, None) if self.fixed is None else (self.fixed.index, self.fixed.value)
+
+    def _folded(self, factors: Factors | None) -> Tensor:
+        """The weight of a layer that is not packed, with the adapter in it, float32."""
+        if isinstance(self.module, MergedAdapter):
+            return self.module.weight()
+        if factors is None:
+            return _effective_weight(self.adapter)
+        a, b = factors(self.adapter)
+        return torch.addmm(self.adapter.base_layer.weight.float(), b.float(), a.float())
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What learns: PEFT's by their own names, and `sparse`."""
+        named = dict(self.adapter.named_parameters())
+        if isinstance(self.module, MergedAdapter) and self.module.value is not None:
+            named["sparse"] = self.module.value
+        return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
 
 
 class AdapterLearner(Learner):
     """Adapters of one variant over the layers of a student."""
 
-    def __init__(self, tuner: Any, adapted: list[_Adapted], variant: Variant):
-        self.tuner, self._adapted, self._variant = tuner, adapted, variant
+    def __init__(self, tuner: Any, adapted: list[_Adapted], variant: Variant, scatter: bool = False):
+        self.tuner, self._adapted, self._variant, self._scatter = tuner, adapted, variant, scatter
 
     def groups(self) -> list[ParameterGroup]:
         """All of the adapters, as one group."""
@@ -85,16 +130,11 @@ class AdapterLearner(Learner):
         return {name: parameter.data for name, parameter in self._parameters().items()}
 
     def results(self) -> dict[str, Recovered]:
-        """A correction beside a packed weight, or the weight with the adapter folded in."""
-        return {each.layer.name: each.result(self._variant.factors) for each in self._adapted}
+        """A correction beside a packed weight, or the weight with the adapter folded in; or the layer and one for the dense."""
+        return {each.layer.name: each.result(self._variant.factors, self._scatter) for each in self._adapted}
 
     def _parameters(self) -> dict[str, nn.Parameter]:
-        return {
-            f"{each.layer.name}.{name}": parameter
-            for each in self._adapted
-            for name, parameter in each.adapter.named_parameters()
-            if parameter.requires_grad
-        }
+        return {f"{each.layer.name}.{name}": p for each in self._adapted for name, p in each.parameters().items()}
 
 
 class AdaLoraLearner(AdapterLearner):
@@ -104,8 +144,8 @@ class AdaLoraLearner(AdapterLearner):
     asked for: PEFT's model adds that to a loss of its own.
     """
 
-    def __init__(self, tuner: Any, adapted: list[_Adapted], variant: Variant):
-        super().__init__(tuner, adapted, variant)
+    def __init__(self, tuner: Any, adapted: list[_Adapted], variant: Variant, scatter: bool = False):
+        super().__init__(tuner, adapted, variant, scatter)
         allocator = tuner.rankallocator
         for name, parameter in tuner.model.named_parameters():
             if parameter.requires_grad:
@@ -143,30 +183,35 @@ class AdaLoraLearner(AdapterLearner):
 def attach(student: Student, options: AdapterOptions) -> AdapterLearner:
     """Put adapters in place of the student's layers; nothing but them learns.
 
-    They are float32 and begin as nothing, or as the product of an earlier correction. Raises InputError for a kind of
-    adapter that a layer cannot end with or is too small for, for targets that match no layer, and without peft.
+    They are float32 and begin as nothing, or as an earlier correction. Raises InputError for a kind of adapter that a
+    layer cannot end with or is too small for, for targets that match no layer, and without peft.
     """
     variant = VARIANTS[options.variant]
     layers = _targets(student, options)
     for layer in layers:
-        _check(layer, options, variant)
-    bases = [_base(layer, variant) for layer in layers]
+        _check(layer, options, variant, student.scatter)
+    directions = leading_inputs(student, layers, options.rank) if variant.leading else {}
+    bases = [_base(layer, options, student.scatter) for layer in layers]
     tuner = _injected(bases, options)
     adapted = []
     for base, layer in zip(bases, layers, strict=True):
-        adapter = module = tuner.model.get_submodule(base.key)
+        adapter = tuner.model.get_submodule(base.key)
         if layer.packed is not None:
             vars(adapter)["merge"] = _refuse_to_merge
-        elif layer.keep is not None:
-            assert variant.factors is not None  # _check refuses others
-            module = MaskedAdapter(adapter, variant.factors, layer.keep.to(layer.module.weight.device))
         _as_float(adapter)
         if base.start is not None:
             _begin(adapter, base.start)
+        if layer.name in directions:
+            adapter.lora_A[NAME].weight.data = directions[layer.name]
+        keep = None if layer.packed is not None or student.scatter else layer.keep
+        module = adapter
+        if keep is not None or base.single is not None:
+            assert variant.factors is not None  # _check refuses others
+            module = MergedAdapter(adapter, variant.factors, keep, base.single).to(layer.module.weight.device)
         layer.put(module)
         adapted.append(_Adapted(layer, adapter, module, base.fixed))
     learner = AdaLoraLearner if options.variant == "adalora" else AdapterLearner
-    return learner(tuner, adapted, variant)
+    return learner(tuner, adapted, variant, student.scatter)
 
 
 def _targets(student: Student, options: AdapterOptions) -> list[StudentLayer]:
@@ -176,11 +221,16 @@ def _targets(student: Student, options: AdapterOptions) -> list[StudentLayer]:
     return [layer for name, layer in student.layers.items() if not options.targets or last[name] in options.targets]
 
 
-def _check(layer: StudentLayer, options: AdapterOptions, variant: Variant) -> None:
-    if layer.packed is not None and options.variant not in STORED:
+def _check(layer: StudentLayer, options: AdapterOptions, variant: Variant, scatter: bool) -> None:
+    adds = tuple(name for name, each in VARIANTS.items() if each.factors)
+    if scatter and options.variant not in STORED:
+        what, fit = "to be written for the dense model, and no file could hold", STORED
+    elif layer.packed is not None and options.variant not in STORED:
         what, fit = "quantized, and no file could hold", STORED
     elif layer.keep is not None and variant.factors is None:
-        what, fit = "pruned, and would not stay so with", tuple(n for n, each in VARIANTS.items() if each.factors)
+        what, fit = "pruned, and would not stay so with", adds
+    elif options.sparse and variant.factors is None:
+        what, fit = "to have single weights, which do not go with", adds
     else:
         return
     raise InputError(f"{layer.name} is {what} a {options.variant} adapter: take one of {', '.join(fit)}")
@@ -194,18 +244,21 @@ class _Base:
     module: nn.Linear
     fixed: Correction | None  # what `module` has of an earlier correction
     start: Correction | None  # what the adapter begins as
+    single: Correction | None  # what its single weights begin as
 
 
-def _base(layer: StudentLayer, variant: Variant) -> _Base:
+def _base(layer: StudentLayer, options: AdapterOptions, scatter: bool) -> _Base:
     key, module, earlier = layer.name.replace(".", "-"), layer.module, layer.correction
+    single = support(layer, options.sparse, options.rank) if options.sparse else None
     if earlier is None or layer.packed is None:
-        return _Base(key, module, None, None)
+        return _Base(key, module, None, None, single)
     assert isinstance(module, PackedLinear)  # as layers with packed weights are
-    start = earlier if variant.starts and earlier.rank else None
-    fixed = earlier if start is None else Correction(earlier.a[:0], earlier.b[:, :0], earlier.index, earlier.value)
+    start = earlier if VARIANTS[options.variant].starts and earlier.rank and not scatter else None
+    factors = (earlier.a, earlier.b) if start is None else (earlier.a[:0], earlier.b[:, :0])
+    fixed = Correction(*factors) if single is not None else Correction(*factors, earlier.index, earlier.value)
     if not fixed.rank and fixed.index is None:
-        return _Base(key, module, None, start)
-    return _Base(key, CorrectedLinear(module, fixed), fixed, start)
+        return _Base(key, module, None, start, single)
+    return _Base(key, CorrectedLinear(module, fixed), fixed, start, single)
 
 
 def _injected(bases: list[_Base], options: AdapterOptions) -> Any:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from compress.errors import InputError
 from compress.kernels.sparse24_weight import Sparse24IntWeight
-from compress.kernels.weights import Grid, IntWeight, PackedWeight
+from compress.kernels.weights import Grid, IntWeight
 from compress.recover.learned import LayersLearner, LearnedLinear, stored_scale, straight_through
 from compress.recovery import Learner, ParameterGroup, Recovered, Student, StudentLayer, TrainOptions
 
@@ -118,7 +118,7 @@ class MergedLinear(LearnedLinear):
         self.register_buffer("scale", packed.scale)
         self.register_buffer("zero_point", zero_point.float())
         self.register_buffer("base", self._start(layer.dense(), packed, options))
-        self.register_buffer("keep", _kept(layer.packed, layer.keep))
+        self.register_buffer("keep", layer.kept)
         device = packed.scale.device
         a = torch.empty(options.rank, packed.in_features)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
@@ -172,8 +172,3 @@ class MergedLinear(LearnedLinear):
         if self._kind is Sparse24IntWeight and self.keep is not None:
             return Recovered(Sparse24IntWeight.from_int(packed, self.keep))
         return Recovered(packed)
-
-
-def _kept(packed: PackedWeight, keep: Tensor | None) -> Tensor | None:
-    """Which weights may be other than zero, bool [out, in]; None: all."""
-    return packed.keep() if keep is None and isinstance(packed, Sparse24IntWeight) else keep

@@ -35,6 +35,10 @@ class Options(MethodOptions):
     residual: float = Field(0.0, ge=0, lt=1, description="share of the weights that are kept singly, in 16 bits")
     damping: float = Field(0.01, gt=0, le=1, description="share of the Hessian's mean diagonal added to its diagonal")
 
+    def adds(self, name: str, shape: tuple[int, int], before: tuple[int, int]) -> tuple[int, int]:
+        """The rank and the number of single weights of a layer's correction at most, in place of those `before`."""
+        return min(self.rank, *shape), int(shape[0] * shape[1] * self.residual)
+
     @model_validator(mode="after")
     def _something(self) -> "Options":
         if not self.rank and not self.residual:

@@ -1,9 +1,10 @@
 """QLoRA: adapters beside packed weights learn from text; the weights stay as they are quantized.
 
 Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, arXiv:2305.14314, eq. 5, on whichever grid the recipe
-quantizes to rather than on NF4. The loss is the cross-entropy of the text's next tokens. Needs a quantized model,
-training text and all of the packed model in memory. Costs a forward and two backwards of the model a step, as blocks are
-recomputed, and adds rank x (in + out) numbers a layer to the checkpoint.
+quantizes to rather than on NF4. The loss is the cross-entropy of the text's next tokens. With `--scatter` the adapters are
+for the dense model, as with `lora`. Needs a quantized model, training text and all of the packed model in memory. Costs a
+forward and two backwards of the model a step, as blocks are recomputed, and adds rank x (in + out) numbers a layer to the
+checkpoint.
 """
 
 from typing import ClassVar
@@ -17,6 +18,7 @@ from compress.recovery import Student
 
 NEEDS: frozenset[str] = frozenset()
 PACKED_ONLY = True  # known before the run, if the recipe quantizes nothing
+SCATTERS = True  # its adapters may be for the dense model
 
 
 class Options(AdapterOptions):

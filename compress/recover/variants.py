@@ -26,7 +26,20 @@ class AdapterOptions(TrainOptions):
     variant: str = Field("lora", description="kind of adapter")
     rank: int = Field(16, ge=1, description="rank of B A, unless an earlier method has set it; of oft the block size")
     alpha: float = Field(32.0, gt=0, description="B A is scaled by alpha / rank (rslora: / √rank)")
+    sparse: float = Field(0.0, ge=0, lt=1, description="share of each layer's weights that learn singly beside B A")
     targets: tuple[str, ...] = Field((), description="last names of layers to adapt, such as q_proj,v_proj; none: all")
+
+    def adds(self, name: str, shape: tuple[int, int], before: tuple[int, int]) -> tuple[int, int]:
+        """The rank and the number of single weights of a packed layer's correction at most, on average over layers.
+
+        `name`: of the layer; `before`: those that earlier methods have added.
+        """
+        rank, single = before
+        if self.targets and name.rpartition(".")[2] not in self.targets:
+            return before
+        if not (rank and VARIANTS[self.variant].starts):
+            rank += self.rank
+        return rank, max(single, n_single(shape, self.sparse))
 
     @field_validator("variant")
     @classmethod
@@ -42,6 +55,11 @@ class AdapterOptions(TrainOptions):
         return tuple(name.strip() for name in given.split(",")) if isinstance(given, str) else given
 
 
+def n_single(shape: tuple[int, int], share: float) -> int:
+    """How many weights of a layer [out, in] learn singly, for `sparse`."""
+    return max(1, round(share * shape[0] * shape[1])) if share else 0
+
+
 @dataclass(frozen=True)
 class Variant:
     """One kind of adapter."""
@@ -51,6 +69,7 @@ class Variant:
     factors: Factors | None = None  # None: what it does to a weight is not to add a product
     small: bool = True  # A and B take less room than the weight
     starts: bool = False  # A and B may start as an earlier correction
+    leading: bool = False  # A starts as the directions in which the layer's inputs are largest
 
 
 def _lora(layer: Any) -> tuple[Tensor, Tensor]:
@@ -92,6 +111,7 @@ def _shrinking(options: AdapterOptions) -> dict[str, Any]:
 VARIANTS = {
     "lora": Variant("LoraConfig", _sized(), _lora, starts=True),
     "rslora": Variant("LoraConfig", _sized(use_rslora=True), _lora, starts=True),
+    "eva": Variant("LoraConfig", _sized(), _lora, leading=True),
     "adalora": Variant("AdaLoraConfig", _shrinking, _adalora),
     "vera": Variant("VeraConfig", lambda options: {"r": options.rank}, _vera),
     "miss": Variant("MissConfig", lambda options: {"r": options.rank}, _miss),

@@ -11,7 +11,7 @@ from compress.inspection import inspect
 from compress.pipeline import compress, open_model
 from compress.progress import Reporter
 from compress.recipe import read_recipe
-from compress.run_dir import Journal
+from compress.run_dir import Journal, Shared
 
 QUIET = Reporter(quiet=True)
 
@@ -19,7 +19,7 @@ QUIET = Reporter(quiet=True)
 def run(folder, out, text, shared=None, refresh=0, **more):
     calib = {"source": str(text), "nsamples": 4, "seqlen": 32, "refresh_gradients": refresh}
     values = {"model": str(folder), "calib": calib, "target": {"sparsity": 0.5}, "pruner": "gblm", **more}
-    return compress(read_recipe(None, values), folder, out, QUIET, shared=shared)
+    return compress(read_recipe(None, values), folder, out, QUIET, shared=None if shared is None else Shared(shared))
 
 
 def weights(out):

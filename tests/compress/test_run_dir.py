@@ -5,7 +5,7 @@ import torch
 
 from compress.errors import InputError, RunError
 from compress.recipe import Recipe
-from compress.run_dir import Finished, Journal, RunDir
+from compress.run_dir import Finished, Journal, RunDir, Shared
 
 RECIPE = Recipe(model="m", target={"sparsity": 0.5})
 TENSORS = {"a": torch.arange(6.0), "b": torch.ones(2, 2, dtype=torch.bfloat16)}
@@ -84,7 +84,7 @@ def test_once_makes_once(run):
 
 def test_runs_that_calibrate_alike_share_tokens_and_nothing_else(tmp_path):
     def opened(name, model=1, **changes):
-        return RunDir(tmp_path / name, Recipe(**RECIPE.model_dump() | changes), {"model": model}, tmp_path / "shared")
+        return RunDir(tmp_path / name, Recipe(**RECIPE.model_dump() | changes), {"model": model}, Shared(tmp_path / "shared"))
 
     def folders(*arguments, **changes):
         run = opened(*arguments, **changes)

@@ -154,3 +154,16 @@ def test_what_was_pruned_stays_zero_in_a_weight_that_learned():
     before = Contents([], {"layer.weight": torch.ones(4, 8) * keep}, {name: keep})
     after = with_results(before, {name: Recovered(weight=torch.full((4, 8), 3.0))}, torch.bfloat16, 16)
     assert torch.equal(after.dense["layer.weight"], 3.0 * keep.bfloat16()) and after.masks is before.masks
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_a_float16_model_is_in_float32_while_it_trains_and_comes_back_to_the_bit(finished, architecture):
+    model, blocks, _, journal = finished(architecture, torch.float16, **W2)
+    before = logits(model)
+    with student_of(model, blocks, journal) as student, torch.no_grad():
+        floats = {p.dtype for p in student.lm.parameters() if p.is_floating_point()}
+        assert floats == {torch.float32} == {layer.dtype for layer in student.layers.values()}
+        assert {layer.module.packed.tensors()["scale"].dtype for layer in student.layers.values()} == {torch.float16}
+        assert student.lm(TOKENS, use_cache=False).logits.dtype == torch.float32
+    assert any("float32" in line["note"] for line in journal.read() if line["event"] == "note")
+    assert before.dtype == torch.float16 and torch.equal(logits(model), before)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -119,6 +120,16 @@ def test_a_plot_of_what_failed_or_is_beyond_all_use_can_be_drawn(done, tmp_path)
         assert "dense" in (tmp_path / "plot.svg").read_text()
 
 
+def test_long_settings_leave_room_for_the_plot(done, tmp_path):
+    named = [
+        row | {"setting": f"wanda+gptq:{'target.group_size=32,' * 8}drift={i}"}
+        for i, row in enumerate(done[1].data["runs"])
+    ]
+    draw_sweep(done[1].data | {"runs": named}, [tmp_path / "plot.svg"])  # matplotlib warns where none is left
+    svg = (tmp_path / "plot.svg").read_text()
+    assert all(f"drift={i}<" in svg for i in range(len(named)))
+
+
 def test_checkpoints_are_removed_and_their_figures_stay(done):
     out = done[0]
     assert {file.name for file in out.rglob("*.safetensors")} == {"tokens.safetensors"}
@@ -131,6 +142,30 @@ def test_tokens_are_drawn_once_for_all_runs_that_calibrate_alike(done, request_i
     assert [file.parent.parent for file in done[0].rglob("tokens.safetensors")] == [done[0] / "shared"]
     sweep(request_in(tmp_path, ["wanda,wanda:calib.nsamples=3"], ["0.5"]), "cpu")
     assert [file.parent.parent for file in tmp_path.rglob("tokens.safetensors")] == [tmp_path / "shared"] * 2
+
+
+def test_runs_that_only_train_differently_compress_their_blocks_once(request_in, tmp_path, text_file):
+    base = {
+        "calib": {"source": str(text_file), "nsamples": 2, "seqlen": 32},
+        "target": {"group_size": 32, "wbits": 4},
+        "recover": ["grid"],
+        "recover_for": "500tokens",
+        "options": {"grid": {"seqlen": 32}},
+    }
+    settings = ["gptq", "gptq:grid.lr=1e-3"]
+    others = ["gptq:recover=low-rank+grid", "gptq:drift=0.5"]
+    runs = sweep(request_in(tmp_path, settings + others, sparsities=(), base=base), "cpu").data["runs"]
+    assert not [row["failed"] for row in runs if "failed" in row]
+    solved = {log.parent.parent.name: [line["event"] for line in Journal(log).read()] for log in logs(tmp_path)}
+    assert sum("layer" not in events for events in solved.values()) == 1
+    assert not list(tmp_path.glob("shared/*/blocks"))
+    alone = plan_runs(request_in(tmp_path, settings[1:], sparsities=(), base=base))[0][0].recipe
+    compress(alone, Path(alone.model), tmp_path / "alone", QUIET)
+    assert runs[1]["perplexity"] == perplexity_of(tmp_path / "alone", text_file)
+
+
+def perplexity_of(folder, text):
+    return next(iter(evaluate(folder, [str(text)], 32, 2, QUIET)["perplexity"].values()))
 
 
 def gradient_files(out):

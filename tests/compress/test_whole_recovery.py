@@ -4,15 +4,20 @@ import json
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from tiny import save_tiny
+from transformers import AutoModelForCausalLM
 
 from compress.cli import app
+from compress.commands import run_command
 from compress.errors import InputError
 from compress.pipeline import compress, open_model
 from compress.progress import Reporter
 from compress.recipe import read_recipe
-from compress.run_dir import Journal, RunDir
+from compress.run_dir import Journal, RunDir, Shared
 from compress.settings import read_setting
+from compress.tracker import check_tracker
 from compress.trainer import Training
 from compress.whole_recovery import prepare_recovery
 
@@ -34,6 +39,12 @@ def recipe_for(folder, text, recover, target, **more):
             **more,
         },
     )
+
+
+def on_text(recipe, **more):
+    """The recipe with methods that learn to say what its text says, of which a random model has all to learn."""
+    each = {n: o if n == "low-rank" else {**SMALL, "ce": 1.0, **more} for n, o in recipe.options.items()}
+    return recipe.model_copy(update={"options": each})
 
 
 def logits(folder):
@@ -65,6 +76,30 @@ def test_two_bits_come_nearer_to_the_dense_model(folder, text_file, tmp_path, me
     assert [line["loss_after"] for line in lines if line["event"] == "recovered"] == [figures["loss_after"]]
     assert any(line["event"] == "train" and "held_out" in line for line in lines)
     assert not (tmp_path / "out" / "run" / "teacher").exists()
+
+
+@pytest.mark.parametrize("method", ["lrec", "pv"])
+def test_a_float16_model_learns_and_stays_one(text_file, tmp_path, method):
+    folder = save_tiny(tmp_path / "model", "llama", dtype=torch.float16)
+    recipe = on_text(recipe_for(folder, text_file, method, {"wbits": 2}))
+    (figures,) = compress(recipe, folder, tmp_path / "out", Reporter(quiet=True))["recovery"]
+    assert figures["loss_after"] < figures["loss_before"]
+    assert logits(tmp_path / "out").dtype == torch.float16 and torch.isfinite(logits(tmp_path / "out")).all()
+
+
+def test_what_a_tracker_is_told(folder, text_file, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    recipe = recipe_for(folder, text_file, "qlora", {"wbits": 4})
+    compress(recipe, folder, tmp_path / "out", Reporter(quiet=True, tracker="tensorboard"))
+    found = events.EventAccumulator(str(tmp_path / "out" / "run" / "tracker" / "qlora")).Reload()
+    told = {"loss", "held_out", "lr", "gradient", "tokens_per_second"}
+    assert told <= set(found.Tags()["scalars"])
+    assert [event.step for event in found.Scalars("loss")] == list(range(1, 7))
+    with pytest.raises(InputError, match="there is no tracker 'tensorbored'; there are: "):
+        check_tracker("tensorbored")
+    with pytest.raises(InputError, match="tracker tensorboard has nothing to do"):
+        plain = read_recipe(None, {"model": str(folder), "target": {"wbits": 4}})
+        run_command(plain, tmp_path / "other", (None, 1), False, "cpu", "tensorboard")
 
 
 def test_killed_between_and_in_methods_it_ends_with_the_same_files(folder, text_file, tmp_path, monkeypatch):
@@ -104,6 +139,88 @@ def test_a_pruned_model_keeps_its_zeros(folder, text_file, tmp_path):
             assert ((layer.weight.unflatten(1, (-1, 4)) == 0).sum(-1) >= 2).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers for it
+@pytest.mark.parametrize(("recover", "target"), [("lora", {"pattern": "2:4"}), ("low-rank,qlora", {"wbits": 2})])
+def test_adapters_for_the_dense_model_are_loaded_by_peft_and_the_checkpoint_has_none(
+    folder, text_file, tmp_path, recover, target
+):
+    out, plain = tmp_path / "out", tmp_path / "plain"
+    recipe = on_text(recipe_for(folder, text_file, recover, target, scatter=True), kl=0.0)
+    figures = compress(recipe, folder, out, Reporter(quiet=True))["recovery"][-1]
+    assert figures["loss_after"] < figures["loss_before"] and not (out / "run" / "teacher").exists()
+    without = {"recover": recover.split(",")[:-1], "scatter": False, "options": {}, "recover_for": "15min"}
+    compress(recipe.model_copy(update=without), folder, plain, Reporter(quiet=True))
+    assert torch.equal(logits(out), logits(plain)), "compressed layers stay as they are"
+    tokens, adapter = torch.arange(3, 30).unsqueeze(0), out / "adapter-for-dense"
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter)
+    by_hand = AutoModelForCausalLM.from_pretrained(folder)
+    factors = load_file(adapter / "adapter_model.safetensors")
+    assert len(factors) == 2 * 7 * 3
+    with torch.no_grad():
+        before = by_hand(tokens).logits
+        for name, a in factors.items():
+            if "lora_A" in name:
+                layer = by_hand.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+                layer.weight += factors[name.replace("lora_A", "lora_B")] @ a
+        wanted = by_hand(tokens).logits
+        torch.testing.assert_close(tuned(tokens).logits, wanted)
+    assert not torch.allclose(wanted, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers for it
+def test_adapters_learned_on_a_smaller_model_fit_the_dense_one(folder, text_file, tmp_path):
+    atp = {"seqlen": 24, "batch_size": 2, "steps": 6, "lora_rank": 2, "multiple_of": 32}
+    recipe = recipe_for(
+        folder,
+        text_file,
+        "lora",
+        {"sparsity": 0.3},
+        scatter=True,
+        pruner="atp",
+        train=str(text_file),
+        options={"lora": SMALL | {"kl": 0.0, "ce": 1.0}, "atp": atp},
+    )
+    compress(recipe, folder, tmp_path / "out", Reporter(quiet=True))
+    adapter, kept = tmp_path / "out" / "adapter-for-dense", load_file(tmp_path / "out" / "run" / "kept.safetensors")
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter)
+    small, dense = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (tmp_path / "out", folder))
+    gone = 0
+    for name, factor in load_file(adapter / "adapter_model.safetensors").items():
+        layer = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+        side, which = (1, "columns") if "lora_A" in name else (0, "rows")
+        stays = kept.get(f"{layer}.{which}", torch.ones(dense[f"{layer}.weight"].shape[side], dtype=torch.bool))
+        assert factor.shape[side] == len(stays) == dense[f"{layer}.weight"].shape[side]
+        assert int(stays.sum()) == small[f"{layer}.weight"].shape[side]
+        assert not factor.movedim(side, 0)[~stays].any() and factor.movedim(side, 0)[stays].any(1).all()
+        gone += int((~stays).sum())
+    assert gone > 0
+    assert torch.isfinite(tuned(torch.arange(3, 30).unsqueeze(0)).logits).all()
+
+
+def test_what_has_nothing_for_the_dense_model_is_refused(folder, text_file):
+    def refused(match, recover, **more):
+        with pytest.raises(InputError, match=match):
+            prepare_recovery(recipe_for(folder, text_file, recover, {"wbits": 4}, scatter=True, **more))
+
+    refused("lrec learns nothing for the dense model: leave out --scatter, or end with lora", "qlora,lrec")
+    refused("low-rank learns nothing for the dense model", "low-rank")
+    refused("no adapter of PEFT holds single weights", "lora", options={"lora": {"sparse": 0.01}})
+    with pytest.raises(InputError, match="scatter True has nothing to do: give --recover"):
+        read_recipe(None, {"model": "m", "target": {"wbits": 4}, "scatter": True})
+
+
+def test_single_weights_and_directions_of_inputs_reach_the_checkpoint(folder, text_file, tmp_path):
+    recipe = recipe_for(folder, text_file, "lrec", {"wbits": 2})
+    recipe = on_text(recipe, sparse=0.01, variant="eva", rank=4)
+    (figures,) = compress(recipe, folder, tmp_path / "out", Reporter(quiet=True))["recovery"]
+    assert figures["loss_after"] < figures["loss_before"]
+    held = load_file(tmp_path / "out" / "adapter" / "corrections.safetensors")
+    assert all(
+        held[f"model.layers.0.{layer}.{part}"].any() for layer in ("self_attn.q_proj", "mlp.down_proj") for part in "ab"
+    )
+    assert held["model.layers.0.mlp.down_proj.value"].any()
+
+
 def test_the_teacher_is_dense_where_the_head_is_rounded_and_runs_share_it(folder, text_file, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(
@@ -111,7 +228,7 @@ def test_the_teacher_is_dense_where_the_head_is_rounded_and_runs_share_it(folder
     )
     for name, bits in (("a", 16), ("b", 4)):
         recipe = recipe_for(folder, text_file, "grid", {"wbits": 4, "head_bits": bits})
-        compress(recipe, folder, tmp_path / name, Reporter(quiet=True), shared=tmp_path / "shared")
+        compress(recipe, folder, tmp_path / name, Reporter(quiet=True), shared=Shared(tmp_path / "shared"))
     (one,), (other,) = made
     assert one.name == other.name and one.read_bytes() == other.read_bytes(), "whatever the head of the student"
 

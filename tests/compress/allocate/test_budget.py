@@ -215,6 +215,36 @@ def test_the_checkpoint_keeps_to_the_budget_to_the_byte(tmp_path, text_file, arc
             assert 1 - line["density"] == pytest.approx(plan[line["layer"]].sparsity)
 
 
+@pytest.mark.parametrize(
+    ("budget", "recover", "bits", "options"),
+    [
+        ("4.2bits", "low-rank", 16, {"rank": 2}),
+        ("3.6bits", "low-rank", 4, {"rank": 2}),
+        ("0.6x", "low-rank", 4, {"rank": 2, "residual": 0.01}),
+        ("0.6x", "low-rank,lrec", 16, {"rank": 2}),
+    ],
+)
+def test_corrections_count_in_the_budget(tmp_path, text_file, budget, recover, bits, options):
+    folder = save_tiny(tmp_path / "m", "llama", dtype=torch.bfloat16)
+    each = {"low-rank": options, "lrec": {"seqlen": 24, "batch_size": 2, "micro_batch_size": 2, "sparse": 0.005}}
+    more = {"options": {name: each[name] for name in recover.split(",")}, "recover_for": "96tokens"}
+    recipe = recipe_for(folder, text_file, budget, recover=recover, adapter_bits=bits, **more)
+    out, model = tmp_path / "out", open_model(folder)
+    result = compress(recipe, folder, out, QUIET)
+    layers = [replace(layer, plan=plan_of(out)[layer.name]) for layer in plan_layers(model, recipe)]
+    added = [layer.stored.correction for layer in layers if layer.stored]
+    assert added and all((each.rank, each.bits) == (2, bits) for each in added)
+    assert all(bool(each.single) == ("residual" in options or "lrec" in recover) for each in added)
+    asked = Budget.read(budget)
+    if asked.unit == "bits":
+        planned = sum(Sizes(model, asked, result["format"]).of(layer.place, layer.stored) for layer in layers)
+        weights = sum(layer.n_weights for layer in layers)
+        assert result["layer_bits_per_weight"] * weights / 8 <= planned <= asked.amount * weights / 8
+    else:
+        most = asked.nbytes(dense_bytes(model))
+        assert 0.8 * most <= result["compressed_bytes"] <= most
+
+
 def loud(folder, block):
     """The model with a block that adds ten times as much."""
     tensors = load_file(folder / "model.safetensors")
@@ -316,7 +346,7 @@ def test_a_run_that_goes_on_has_the_same_plan_and_bytes(tmp_path, text_file, lla
 
 def test_a_dry_run_shows_the_plan(tmp_path, text_file, llama_folder):
     recipe = recipe_for(llama_folder, text_file, "3.3bits")
-    report = run_command(recipe, tmp_path / "out", None, 2, True, "cpu")
+    report = run_command(recipe, tmp_path / "out", (None, 2), True, "cpu")
     console = Console(width=140, file=io.StringIO())
     console.print(*report.tables, sep="\n")
     text = console.file.getvalue()

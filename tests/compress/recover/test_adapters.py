@@ -11,7 +11,8 @@ from compress.errors import InputError, RunError
 from compress.kernels.correction import Correction
 from compress.kernels.linear import PackedLinear
 from compress.quantize import rtn
-from compress.recover.adapters import MaskedAdapter, attach
+from compress.recover.adapters import MergedAdapter, attach
+from compress.recover.beginnings import leading_directions, leading_inputs, support
 from compress.recover.variants import STORED, VARIANTS, AdapterOptions
 from compress.task import LayerPlan
 
@@ -112,7 +113,7 @@ def test_pruned_weights_stay_zero_at_every_step(variant):
     (layer,) = student.layers.values()
     learner = attach(student, AdapterOptions(variant=variant, rank=4))
     module = student.lm[layer.name]
-    assert isinstance(module, MaskedAdapter)
+    assert isinstance(module, MergedAdapter)
     steps = iter(range(4))
 
     def loss():
@@ -192,6 +193,112 @@ def test_adapters_go_on_from_an_earlier_correction(variant, correction):
     learned = {"lora": correction.rank or 5, "rslora": correction.rank or 5}
     assert result.correction.rank <= learned.get(variant, correction.rank + 8)
     assert not torch.equal(result.correction.delta(), correction.delta())
+
+
+@pytest.mark.parametrize("plan", [PACKED, SPARSE_PACKED, PLAIN, PRUNED])
+def test_single_weights_learn_beside_the_product(plan):
+    student, x = student_with(plan, plan)
+    before = outputs(student, x)
+    options = AdapterOptions(rank=4, sparse=0.01)
+    attach(student, options)
+    assert torch.equal(outputs(student, x), before)
+    student, x = student_with(plan, plan)
+    learner, losses = learn(student, x, options)
+    assert losses[-1] < losses[0]
+    torch.testing.assert_close(ended(student, learner, x), outputs(student, x), rtol=1e-5, atol=1e-4)
+    for name, result in learner.results().items():
+        layer, value = student.layers[name], student.lm[name].value
+        assert value.numel() == round(0.01 * 48 * 64) and (value != 0).all()
+        if plan.wbits < 16:
+            assert result.correction.single == value.numel() and result.correction.rank == 4
+            assert (result.correction.index.diff() > 0).all()
+        else:
+            assert plan is PLAIN or (result.weight[~layer.keep] == 0).all()
+    with pytest.raises(InputError, match="to have single weights, which do not go with a dora"):
+        attach(student_with(PLAIN)[0], AdapterOptions(variant="dora", sparse=0.01))
+
+
+def test_single_weights_are_those_that_no_product_gives_back():
+    student, _ = student_with(PACKED)
+    (layer,) = student.layers.values()
+    spoilt = layer.dense()
+    spoilt.view(-1)[torch.tensor([7, 600, 2999])] += torch.tensor([9.0, -9.0, 9.0])
+    spoilt += 50 * torch.outer(torch.arange(48.0), torch.arange(64.0)) / 64
+    layer = replace(layer, dense=lambda: spoilt)
+    found = support(layer, 3 / spoilt.numel(), 1)
+    assert found.index.tolist() == [7, 600, 2999] and not found.value.any() and not found.rank
+
+
+def test_no_pruned_weight_is_a_single_one():
+    student, _ = student_with(SPARSE_PACKED)
+    (layer,) = student.layers.values()
+    layer = replace(layer, keep=None, dense=lambda: torch.ones(48, 64).masked_fill(layer.packed.keep(), 0.5))
+    index = support(layer, 0.9, 1).index.long()
+    assert len(index) == 48 * 32 and layer.packed.keep().flatten()[index].all()
+
+
+def test_single_weights_go_on_from_earlier_ones():
+    student, x = student_with(PACKED)
+    correction = sparse()
+    before = outputs(student, x) + x @ correction.delta().T
+    learner = attach(corrected(student, correction), AdapterOptions(rank=5, sparse=0.01))
+    torch.testing.assert_close(outputs(student, x), before)
+    (result,) = learner.results().values()
+    at = torch.isin(result.correction.index, correction.index)
+    assert torch.equal(result.correction.value[at], correction.value) and not result.correction.value[~at].any()
+    train(learner, lambda: outputs(student, x).square().mean(), 3, 1e-2)
+    (result,) = learner.results().values()
+    assert (result.correction.value[at] != correction.value).all()
+    torch.testing.assert_close(ended(student, learner, x), outputs(student, x), rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_of_single_weights_are_those_of_the_weight():
+    student, x = student_with(PACKED)
+    ((name, layer),) = student.layers.items()
+    value = attach(student, AdapterOptions(rank=4, sparse=0.01)).groups()[0].parameters[-1]
+    weight = layer.packed.dequantize().requires_grad_()
+    of_weight = torch.autograd.grad(nn.functional.linear(x, weight, layer.module.bias).square().mean(), weight)[0]
+    found = torch.autograd.grad(student.lm[name](x).square().mean(), value)[0]
+    torch.testing.assert_close(found, of_weight.flatten()[student.lm[name].index.long()])
+
+
+@pytest.mark.parametrize("plan", [PACKED, PLAIN, PRUNED])
+@pytest.mark.parametrize("variant", STORED)
+def test_adapters_for_the_dense_model_leave_the_layer_as_it_is(variant, plan):
+    student, x = student_with(plan)
+    student.scatter = True
+    if plan is PACKED:
+        corrected(student, sparse())
+    before = outputs(student, x)
+    learner, losses = learn(student, x, AdapterOptions(variant=variant, rank=4))
+    assert losses[-1] < losses[0]
+    ((name, result),) = learner.results().items()
+    layer = student.layers[name]
+    if plan is PACKED:
+        assert result.packed is layer.packed and result.correction is layer.correction and result.weight is None
+        before = before + x @ layer.correction.delta().T
+    else:
+        assert torch.equal(result.weight, layer.module.weight.float()) and result.correction is None
+    wanted = before + x @ result.for_dense.delta().T
+    torch.testing.assert_close(outputs(student, x), wanted, rtol=1e-5, atol=1e-4)
+    with pytest.raises(InputError, match="to be written for the dense model, and no file could hold a dora"):
+        attach(student, AdapterOptions(variant="dora"))
+
+
+def test_eva_starts_from_the_directions_with_most_of_the_inputs():
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 64, generator=random) * torch.logspace(0, -2, 64) @ torch.randn(64, 64, generator=random)
+    layer = nn.Linear(64, 8)
+    found = leading_directions({"one": layer}, lambda: [layer(part) for part in x.split(100)], 6)["one"]
+    torch.testing.assert_close(found @ found.T, torch.eye(6), rtol=0, atol=1e-5)
+    energies = torch.linalg.svdvals(x).square()
+    assert (x @ found.T).square().sum() > 0.99 * energies[:6].sum() > 0.3 * energies.sum()
+    student, _ = student_with(PACKED)
+    wanted = leading_inputs(student, list(student.layers.values()), 4)["up_proj0"]
+    (a, b) = attach(student, AdapterOptions(variant="eva", rank=4)).groups()[0].parameters
+    assert torch.equal(a, wanted) and not b.any()
+    with pytest.raises(InputError, match="eva adapters of rank 65: up_proj0 has fewer inputs"):
+        attach(student_with(PACKED)[0], AdapterOptions(variant="eva", rank=65))
 
 
 def test_targets_are_last_names():
