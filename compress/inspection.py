@@ -64,7 +64,7 @@ def split(journal: list[dict[str, Any]]) -> dict[str, float]:
         elif line["event"] == "layer":
             name = f"  solve: {line['method']}"
             seconds[name] = seconds.get(name, 0.0) + line["seconds"]
-        elif line["event"] in ("opened", "measured", "gradients", "train", "checkpoint", "loss"):
+        elif line["event"] in ("opened", "measured", "gradients", "teacher", "train", "checkpoint", "loss"):
             seconds[line["event"]] = seconds.get(line["event"], 0.0) + line["seconds"]
     return {name: round(value, 2) for name, value in seconds.items()}
 
