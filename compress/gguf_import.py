@@ -79,6 +79,12 @@ def _digest(path: Path, cache_dir: Path) -> str:
     return digest
 
 
+def open_gguf(path: Path) -> tuple[GgufFile, PreTrainedModel]:
+    """The header of a .gguf file, and its model on the meta device. Raises InputError as `import_gguf` does."""
+    file = read_gguf(path)
+    return file, _skeleton(file, _config(file))
+
+
 def _convert(file: GgufFile, folder: Path, progress: Progress | None) -> None:
     """Write the whole model folder."""
     config = _config(file)

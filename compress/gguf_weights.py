@@ -37,7 +37,7 @@ def write_weights(file: GgufFile, model: PreTrainedModel, path: Path, progress: 
     leave the first out and make the second up.
     """
     wanted = _stored_tensors(model)
-    conversion = _Conversion(file, model)
+    conversion = _Conversion(file, model, file.dtype())
     missing = set(wanted)
     with path.open("wb") as out:
         places = _write_header(out, wanted, file.dtype())
@@ -58,6 +58,18 @@ def write_weights(file: GgufFile, model: PreTrainedModel, path: Path, progress: 
         raise InputError(
             f"{file.path} lacks {min(missing)} ({len(missing)} of {len(wanted)} tensors): download it again"
         )
+
+
+def read_weights(
+    file: GgufFile, model: PreTrainedModel, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of `file` by its name in `model` (a skeleton on the meta device), in `dtype`, one at a time.
+
+    Raises InputError if the file holds a tensor the model has no place for.
+    """
+    conversion = _Conversion(file, model, dtype or file.dtype())
+    for tensor in file.tensors:
+        yield from conversion.tensors(tensor)
 
 
 def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -84,8 +96,8 @@ def _write_header(out: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> d
 class _Conversion:
     """From tensors as llama.cpp stores them to tensors as the model names and shapes them."""
 
-    def __init__(self, file: GgufFile, model: PreTrainedModel):
-        self.dtype = file.dtype()
+    def __init__(self, file: GgufFile, model: PreTrainedModel, dtype: torch.dtype):
+        self.dtype = dtype
         self.processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=model.config.to_dict())
         self.names: dict[str, str] = get_gguf_hf_weights_map(model, self.processor)
         stored = [tensor.name for tensor in file.tensors if tensor.name not in READ_INTO_CONFIG]
