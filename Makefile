@@ -4,7 +4,7 @@ export PYTHONSAFEPATH = 1
 VENV = .venv
 BIN = $(VENV)/bin
 TORCH_VERSION = 2.13.0
-# figures in kernels/testing/metrics.json are of this compiler
+# figures in kernels/testing/metrics.json are of this compiler; another torch than the CPU build brings its own
 TRITON_VERSION = 3.9.0
 CPU_INDEX = https://download.pytorch.org/whl/cpu
 
@@ -14,7 +14,7 @@ TEXT = wikitext2
 OUT = peers
 
 .DEFAULT_GOAL = help
-.PHONY: help setup demo test bench-peers kernel-gates check format docs clean
+.PHONY: help setup demo test gate bench-peers kernel-gates check format docs clean
 
 help:  ## print the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,7 +30,12 @@ else
 	$(BIN)/pip install -q "torch==$(TORCH_VERSION)" --index-url $(CPU_INDEX) || \
 	$(BIN)/pip install -q "torch==$(TORCH_VERSION)"
 endif
+ifdef TORCH
 	$(BIN)/pip install -q -e ".[demo,dev]"
+else
+	echo "triton==$(TRITON_VERSION)" > $(VENV)/pins
+	$(BIN)/pip install -q -e ".[demo,dev]" -c $(VENV)/pins
+endif
 	touch $@
 
 demo: $(VENV)/ready  ## prune Gemma 3 270M to 50 %, quantize it to 4 bits, measure both
@@ -40,10 +45,13 @@ demo: $(VENV)/ready  ## prune Gemma 3 270M to 50 %, quantize it to 4 bits, measu
 test: $(VENV)/ready  ## run all tests
 	$(BIN)/pytest
 
+gate: $(VENV)/ready  ## hold our methods to the figures in gates/; FLAGS="--record ..." keeps new ones (EVALUATION.md)
+	$(BIN)/compress gate gates/*.toml $(FLAGS)
+
 bench-peers: $(VENV)/ready  ## measure other libraries beside ours; MODEL, CALIB, TEXT, OUT and FLAGS can be given
 	$(BIN)/compress bench peers $(MODEL) --calib $(CALIB) --ppl $(TEXT) --out $(OUT) $(FLAGS)
 
-kernel-gates: $(VENV)/ready  ## compile every kernel for every GPU, read and run its code without one; FLAGS=--update keeps the figures
+kernel-gates: $(VENV)/ready  ## check all kernels for sm_80 and sm_90 without a GPU; FLAGS: --all architectures, --core, --update
 	$(BIN)/pip install -q "triton==$(TRITON_VERSION)" && $(BIN)/python -m compress.kernels.testing $(FLAGS)
 
 check: $(VENV)/ready  ## lint, types, and whether generated pages are up to date

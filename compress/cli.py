@@ -9,9 +9,12 @@ import typer
 
 from compress import __version__
 from compress.cli_bench import bench, sweep
+from compress.cli_eval import evaluate, gate
+from compress.cli_export import export
+from compress.cli_report import report
 from compress.cli_serve import Prompts, generate, serve
 from compress.errors import failure
-from compress.flags import Device, Json, ModelName, given
+from compress.flags import Device, Json, given
 from compress.report import show
 
 INTERRUPTED = 130  # what a shell reports of a process ended by Ctrl-C
@@ -21,8 +24,12 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 app.add_typer(bench, name="bench")
 app.command()(sweep)
+app.command("eval")(evaluate)
+app.command()(gate)
 app.command()(generate)
 app.command()(serve)
+app.command()(report)
+app.command()(export)
 
 RUN_EXAMPLES = """
 Prune, quantize and save a causal language model, one transformer block in memory at a time.
@@ -84,6 +91,10 @@ def run(
     ] = None,
     adapter_bits: Annotated[
         int | None, typer.Option(help="Bits of each number of an adapter: 1, 2, 4, 8 or 16.", show_default="16")
+    ] = None,
+    scatter: Annotated[
+        bool | None,
+        typer.Option("--scatter", help="Adapters of lora or qlora learn on the compressed model, for the dense one."),
     ] = None,
     train: Annotated[
         str | None,
@@ -167,6 +178,9 @@ def run(
         typer.Option("--eval", metavar="TEXT", help="Then measure perplexity, dense and compressed, on this text."),
     ] = None,
     eval_windows: Annotated[int, typer.Option(min=1, help="Windows of --eval.")] = 32,
+    tracker: Annotated[
+        str | None, typer.Option(help="Who gets the figures of trainings: tensorboard (in OUT/run/tracker), wandb, ...")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan, size, memory and time, and do nothing.")
     ] = False,
@@ -180,7 +194,7 @@ def run(
     flags = {
         "model": model, "pruner": pruner, "refine": refine, "train": train, "quantizer": quantizer, "drift": drift, "sequential": sequential, "format": format,
         "dtype": dtype, "revision": revision, "activations": activations,
-        "recover": recover, "recover_for": recover_for, "adapter_bits": adapter_bits,
+        "recover": recover, "recover_for": recover_for, "adapter_bits": adapter_bits, "scatter": scatter,
         "target": {"sparsity": sparsity, "pattern": pattern, "compare": compare, "wbits": wbits, "abits": abits, "group_size": group_size,
                    "symmetric": symmetric, "head_bits": head_bits, "allocate": allocate, "budget": budget},
         "calib": {"source": calib, "nsamples": nsamples, "seqlen": seqlen, "seed": seed,
@@ -189,36 +203,8 @@ def run(
     }  # fmt: skip
     read = read_recipe(recipe, given(flags))
     target = out or _beside(read.model)
-    result = run_command(read, target, evaluate, eval_windows, dry_run, device)
+    result = run_command(read, target, (evaluate, eval_windows), dry_run, device, tracker)
     show(result, as_json)
-
-
-@app.command()
-def eval(
-    checkpoint: ModelName,
-    ppl: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--ppl", help="wikitext2, ptb, builtin, or a text file; may be repeated.", show_default="wikitext2"
-        ),
-    ] = None,
-    seqlen: Annotated[int, typer.Option(min=2, help="Tokens a window, its BOS included.")] = 2048,
-    max_windows: Annotated[int | None, typer.Option(min=1, help="Only the first windows of each text.")] = None,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Measure a checkpoint's perplexity.
-
-    The text is tokenized whole without special tokens and cut into windows of SEQLEN - 1; BOS is put before each, and
-    every token is scored. Models whose tokenizer has no BOS get windows of SEQLEN and their first token is not scored.
-
-    [bold]Example[/bold]
-
-      compress eval small --ppl my-text.txt --seqlen 512 --max-windows 32
-    """
-    from compress.commands import eval_command
-
-    show(eval_command(checkpoint, ppl or ["wikitext2"], seqlen, max_windows, device), as_json)
 
 
 @app.command()

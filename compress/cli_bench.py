@@ -186,6 +186,37 @@ def gradients(
 
 
 @bench.command()
+def recovery(
+    model: ModelName,
+    train: Annotated[str, typer.Option(metavar="TEXT", help="What is learned from.")] = "c4",
+    method: Annotated[
+        str, typer.Option(metavar="METHOD,...", help="Methods of recovery that train.")
+    ] = "lrec,qlora,l4q,grid",
+    wbits: Annotated[int, typer.Option(help="Bits a weight of the packed model.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Inputs that share a scale.")] = 128,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each; the first is not timed.")] = 3,
+    seqlen: Annotated[int, typer.Option(min=8, help="Tokens a sequence.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 4,
+    micro_batch_size: Annotated[int, typer.Option(min=1, help="Sequences in memory at once.")] = 1,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Time methods of recovery that train, and their memory, beside full fine-tuning of the dense model.
+
+    [bold]Example[/bold]
+
+      compress bench recovery gemma-3-270m --train valid.txt --steps 3
+    """
+    from compress.bench.recovery import RecoveryBench, bench_recovery
+    from compress.commands import find_model, pick_device
+    from compress.progress import Reporter
+
+    methods = tuple(name.strip() for name in method.split(","))
+    asked = RecoveryBench(train, methods, wbits, group_size, steps, seqlen, batch_size, micro_batch_size)
+    show(bench_recovery(find_model(model, None, Reporter()), asked, pick_device(device)), as_json)
+
+
+@bench.command()
 def speed(
     checkpoints: Annotated[list[str], typer.Argument(help="Checkpoints that plain transformers loads.")],
     baseline: Annotated[str, typer.Option(help="What they are compared with, such as the dense model.")],
@@ -209,13 +240,17 @@ def speed(
 
 @bench.command()
 def decode(
-    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoints or models; the first is the baseline.")],
+    checkpoints: Annotated[list[str], typer.Argument(help="Checkpoints or models; the first is the baseline.")],
     seqlen: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(min=4, help="Tokens after it, greedy, with a cache.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Prompts of each; the fastest counts.")] = 5,
     prompts: Annotated[
         str, typer.Option(help="What is kept for prompts: dense, decode or packed, as in `serve`.")
     ] = "dense",
+    llama_bench: Annotated[
+        Path | None, typer.Option("--llama-bench", help="llama.cpp's llama-bench, to time --gguf beside.")
+    ] = None,
+    gguf: Annotated[list[Path] | None, typer.Option(help="GGUF file for llama-bench; may be repeated.")] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -224,12 +259,19 @@ def decode(
     [bold]Example[/bold]
 
       compress bench decode gemma-3-270m small-8 small-4
-    """
-    from compress.bench.decode import bench_decode
-    from compress.commands import pick_device
-    from compress.eval.speed import SpeedProtocol
 
-    show(bench_decode(checkpoints, SpeedProtocol(seqlen, new_tokens, repeats), prompts, pick_device(device)), as_json)
+      compress bench decode gemma-3-270m small-4 --llama-bench build/bin/llama-bench
+        --gguf gemma-3-270m-q4_0.gguf
+    """
+    from compress.bench.decode import DecodeRequest, bench_decode
+    from compress.commands import find_model, pick_device
+    from compress.eval.speed import SpeedProtocol
+    from compress.progress import Reporter
+
+    folders = {name: find_model(name, None, Reporter()) for name in checkpoints}
+    protocol = SpeedProtocol(seqlen, new_tokens, repeats)
+    request = DecodeRequest(folders, protocol, prompts, llama_bench, tuple(gguf or ()))
+    show(bench_decode(request, pick_device(device)), as_json)
 
 
 def _finish(report: Report, as_json: bool) -> None:

@@ -37,12 +37,10 @@ def methods_page() -> str:
 
 
 def methods_table() -> str:
-    """The table of methods for README.md."""
-    rows = ["| | method | what it does |", "|---|---|---|"]
+    """The table of methods for README.md: a row a stage, each name a link to its section of METHODS.md."""
+    rows = ["| stage | methods |", "|---|---|"]
     for stage in STAGES:
-        for name, module in methods(stage).items():
-            about = (module.__doc__ or "").strip().splitlines()[0].partition(": ")[2]
-            rows.append(f"| {TITLES[stage].lower()} | `{name}` | {about} |")
+        rows.append(f"| {TITLES[stage].lower()} | {', '.join(f'[`{n}`](METHODS.md#{n})' for n in methods(stage))} |")
     return "\n".join(rows)
 
 

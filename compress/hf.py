@@ -6,7 +6,7 @@ same way with every format that is read here: packed linear layers and embedding
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from compress.checkpoint.dense_view import PackedFiles
 from compress.checkpoint.formats import open_weights
 from compress.checkpoint.native import QUANT_METHOD
 from compress.errors import CompressError, InputError
-from compress.kernels.dispatch import Preferences
+from compress.kernels.dispatch import Choice, Preferences, choose
 from compress.kernels.inference import CompressedLinear, LayerParts, PackedEmbedding
+from compress.kernels.joint import JointLinear, JointPart, joinable, joined
 from compress.kernels.weights import PackedWeight
 
 
@@ -41,11 +42,14 @@ class CompressConfig(QuantizationConfigMixin):
 
 
 class _Waiting(nn.Module):
-    """Stands for a packed linear layer while transformers loads the rest; its bias is loaded into it."""
+    """Stands for a packed linear layer while transformers loads the rest; its bias is loaded into it. Gives zeros."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.bias = linear.bias
+        self.bias, self.out_features = linear.bias, linear.out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(*x.shape[:-1], self.out_features)
 
 
 @register_quantizer(QUANT_METHOD)
@@ -122,7 +126,9 @@ class Packed:
                 model.set_submodule(place.name, _Waiting(module))
             elif isinstance(module, nn.Embedding):
                 for other in (place.name, *self._heads(place)):
-                    model.get_submodule(other).weight = nn.Parameter(torch.empty(0), requires_grad=False)
+                    empty = nn.Parameter(torch.empty(0), requires_grad=False)
+                    vars(empty)["_is_hf_initialized"] = True  # or transformers sets the row of padding to zero
+                    model.get_submodule(other).weight = empty
             else:
                 setattr(module, place.attribute, nn.Parameter(torch.empty(0), requires_grad=False))
         parts = {f"{n}.{part}" for names in self.files.packed.values() for n in names for part in self.files.PARTS}
@@ -136,23 +142,39 @@ class Packed:
 
     def put_in(self, model: PreTrainedModel, preferences: Preferences) -> None:
         """Put layers that serve packed weights in their places; decode what no such layer stands for."""
+        waiting = {}
         for place in self.places:
             module = model.get_submodule(place.name)
             if isinstance(module, _Waiting):
-                model.set_submodule(place.name, self._linear(place, module.bias, model, preferences))
+                waiting[place.name] = place
             elif isinstance(module, nn.Embedding):
                 self._embedding(place, module, model, preferences)
             else:
                 weight = self.files.read(place.param).to(model.device, model.dtype)
                 setattr(module, place.attribute, nn.Parameter(weight, requires_grad=False))
+        for names in _readers(model, list(waiting)):
+            self._linears([waiting[name] for name in names], model, preferences)
 
-    def _linear(
-        self, place: _Place, bias: torch.Tensor | None, model: PreTrainedModel, preferences: Preferences
-    ) -> nn.Module:
-        parts = self._parts(place, bias)
-        if parts is None:
-            return self._dense(place, bias, model)
-        return CompressedLinear(parts, model.dtype, model.device, preferences)
+    def _linears(self, places: list[_Place], model: PreTrainedModel, preferences: Preferences) -> None:
+        """Layers that read one input; those that agree in what joins them become one."""
+        alike: dict[Hashable, list[tuple[str, LayerParts, Choice]]] = {}
+        for place in places:
+            bias = model.get_submodule(place.name).bias
+            parts = self._parts(place, bias)
+            if parts is None:
+                model.set_submodule(place.name, self._dense(place, bias, model))
+                continue
+            choice = choose(parts.case(model.dtype, model.device), preferences)
+            key = joinable(parts, choice)
+            alike.setdefault(place.name if key is None else key, []).append((place.name, parts, choice))
+        for group in alike.values():
+            names, parts_of_each, choices = zip(*group, strict=True)
+            sizes = [parts.weight.shape[0] for parts in parts_of_each]
+            choice = choices[sizes.index(max(sizes))]
+            layer = CompressedLinear(joined(parts_of_each), model.dtype, model.device, choice)
+            joint = JointLinear(layer, sizes)
+            for index, name in enumerate(names):
+                model.set_submodule(name, layer if len(names) == 1 else JointPart(joint, index))
 
     def _dense(self, place: _Place, bias: torch.Tensor | None, model: PreTrainedModel) -> nn.Linear:
         """A layer whose groups lie in no order that is packed here."""
@@ -190,6 +212,29 @@ class Packed:
         """Modules whose weight is tied to that of an embedding."""
         weight = f"{place.name}.{place.attribute}"
         return [tied.rpartition(".")[0] for tied, source in self.tied.items() if source == weight]
+
+
+@torch.no_grad()
+def _readers(model: PreTrainedModel, names: list[str]) -> list[list[str]]:
+    """Which of the waiting layers read the same tensor, in the order of their calls; found by a pass of one token."""
+    seen: list[tuple[torch.Tensor, list[str]]] = []  # holding the tensors keeps their identity from being reused
+
+    def see(name: str, x: torch.Tensor) -> None:
+        for other, readers in seen:
+            if other is x:
+                readers.append(name)
+                return
+        seen.append((x, [name]))
+
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
+        for name in names
+    ]
+    model.base_model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    called = {name for _, readers in seen for name in readers}
+    return [readers for _, readers in seen] + [[name] for name in names if name not in called]
 
 
 def load_model(
@@ -243,5 +288,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def compressed_layers(model: nn.Module) -> dict[str, CompressedLinear]:
-    """The layers of a loaded model that multiply by packed weights, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+    """The layers of a loaded model that multiply by packed weights, by name; several may be one that stands for them."""
+    layers: dict[str, CompressedLinear] = {}
+    joint: set[CompressedLinear] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, JointPart):
+            layers[name] = module.joint.layer
+            joint.add(module.joint.layer)
+        elif isinstance(module, CompressedLinear) and module not in joint:
+            layers[name] = module
+    return layers

@@ -21,6 +21,8 @@ from compress.report import Report, table
 def kernel_report(folder: Path, prompts: str, device: str) -> Report:
     """Every packed layer of a checkpoint, who would multiply by it on `device`, and why. Nothing is measured for it.
 
+    Layers that read one input are served as one, from as many tokens as the largest of them.
+
     Raises InputError if nothing in the checkpoint is packed.
     """
     files = open_weights(folder)

@@ -19,26 +19,38 @@ METHODS = ("compress.allocate", "compress.prune", "compress.quantize", "compress
 KEEPS_TO_ITSELF = {  # who may import what knows a secret of the outside world
     "transformers": {
         "compress.bench.gradients",
+        "compress.bench.recovery",
         "compress.calib.layers",
         "compress.calib.model",
         "compress.calib.self_text",
         "compress.calib.skeleton",
         "compress.eval.speed",
+        "compress.export.reference",
         "compress.gguf_import",
         "compress.gguf_weights",
         "compress.hf",
         "compress.model_folder",
         "compress.serve",
     },
-    "accelerate": {"compress.calib.skeleton", "compress.trainer"},
+    "accelerate": {"compress.calib.skeleton", "compress.tracker", "compress.trainer"},
     "datasets": {"compress.calib.texts"},
-    "matplotlib": {"compress.plots"},
+    "lm_eval": {"compress.harness"},
+    "matplotlib": {"compress.html_report.figures", "compress.html_report.svg", "compress.plots"},
     "huggingface_hub": {"compress.sources", "compress.calib.texts"},
-    "gguf": {"compress.gguf_file", "compress.gguf_import"},
-    "typer": {"compress.cli", "compress.cli_bench", "compress.cli_serve", "compress.flags"},
+    "gguf": {"compress.export.gguf", "compress.gguf_file", "compress.gguf_import"},
+    "typer": {
+        "compress.cli",
+        "compress.cli_bench",
+        "compress.cli_eval",
+        "compress.cli_export",
+        "compress.cli_report",
+        "compress.cli_serve",
+        "compress.flags",
+    },
     "peft": {"compress.recover.adapters", "compress.training"},
     "filelock": {"compress.run_dir", "compress.gguf_import", "compress.sources"},
 }
+PLUGIN = ROOT / "kernels" / "vllm"  # a distribution of its own, for vLLM's environment
 ELSEWHERE = "compress.bench.peers.scripts"  # they run in environments that do not have this package
 
 
@@ -46,6 +58,8 @@ def sources() -> dict[str, ast.Module]:
     found = {}
     for folder, package in FOLDERS.items():
         for file in sorted((ROOT / folder).rglob("*.py")):
+            if file.is_relative_to(PLUGIN):
+                continue
             parts = file.relative_to(ROOT / folder).with_suffix("").parts
             found[".".join([package, *parts]).removesuffix(".__init__")] = ast.parse(file.read_text())
     return found

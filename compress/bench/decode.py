@@ -1,7 +1,7 @@
 """`compress bench decode`: how fast checkpoints run on our own layers, as ratios to the first."""
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.bench.llama import LlamaBench
+from compress.errors import InputError
 from compress.eval.speed import SpeedProtocol
 from compress.hf import compressed_layers, load_model
 from compress.kernel_report import kernel_counts
@@ -45,30 +47,55 @@ class _Timed:
         self.token.tolist()  # waits for the device
         return time.perf_counter() - started
 
+    def turn(self, seqlen: int) -> None:
+        """A prompt that counts."""
+        self.prompt(seqlen)
+
+
+@dataclass(frozen=True)
+class DecodeRequest:
+    """What is timed: checkpoints on our layers, the first being what others are compared with; and GGUF files beside."""
+
+    checkpoints: dict[str, Path]  # by the name that the table gives them
+    protocol: SpeedProtocol
+    prompts: str = "decode"  # as in `compress serve`
+    llama_bench: Path | None = None
+    ggufs: tuple[Path, ...] = ()
+
 
 @torch.no_grad()
-def bench_decode(folders: list[Path], protocol: SpeedProtocol, prompts: str, device: str) -> Report:
+def bench_decode(request: DecodeRequest, device: str) -> Report:
     """Time prompts in turns, then tokens in turns, so that what disturbs one model disturbs all.
 
     Of prompts the fastest counts. Of rounds of one token each, the quieter half counts (by the time all models took
-    together), and of those the median. `prompts` as in `compress serve`. Raises InputError for what does not load.
+    together), and of those the median. llama-bench has its turns, of several tokens, among them. Raises InputError for
+    what does not load.
     """
-    reporter = Reporter()
+    protocol, reporter = request.protocol, Reporter()
+    others = _llama(request)
     models = []
-    with reporter.stage("loading", len(folders)) as stage:
-        for folder in folders:
-            models.append(_Timed(folder, prompts, device))
+    with reporter.stage("loading", len(request.checkpoints)) as stage:
+        for folder in request.checkpoints.values():
+            models.append(_Timed(folder, request.prompts, device))
             stage.step()
+    everyone: list[_Timed | LlamaBench] = [*models, *others]
     with reporter.stage("prompt and tokens", protocol.repeats + 1 + protocol.new_tokens) as stage:
-        for _ in range(protocol.repeats + 1):
-            for timed in models:
-                timed.prompt(protocol.seqlen)
+        for timed in models:
+            timed.prompt(protocol.seqlen)  # does not count
+        stage.step()
+        for _ in range(protocol.repeats):
+            for each in everyone:
+                each.turn(protocol.seqlen)
             stage.step()
-        for _ in range(protocol.new_tokens):
+        for step in range(protocol.new_tokens):
             for timed in models:
                 timed.step()
+            if (step + 1) % max(1, protocol.new_tokens // protocol.repeats) == 0:
+                for other in others:
+                    other.turn(protocol.seqlen)
             stage.step()
-    found = _figures(folders, models, protocol)
+    names = [*request.checkpoints] + [str(other.gguf) for other in others]
+    found = _figures(names, models, others, protocol)
     rows = [
         [
             name,
@@ -81,24 +108,38 @@ def bench_decode(folders: list[Path], protocol: SpeedProtocol, prompts: str, dev
         for name, each in found.items()
     ]
     columns = ["checkpoint", "prompt, tokens/s", "x first", "then, tokens/s", "x first", "in memory"]
-    closing = f"x first: times as fast as {folders[0]}; quieter half of {protocol.new_tokens} rounds"
-    data = {"protocol": asdict(protocol), "prompts": prompts, "speed": found}
+    closing = f"x first: times as fast as {names[0]}; quieter half of {protocol.new_tokens} rounds"
+    data = {"protocol": asdict(protocol), "prompts": request.prompts, "speed": found}
     return Report(data, [table("", columns, rows), closing])
 
 
-def _figures(folders: list[Path], models: list[_Timed], protocol: SpeedProtocol) -> dict[str, dict[str, Any]]:
+def _llama(request: DecodeRequest) -> list[LlamaBench]:
+    """Raises InputError unless the program and its files are there."""
+    if (request.llama_bench is None) != (not request.ggufs):
+        raise InputError("--llama-bench PROGRAM and --gguf FILE go together: name both")
+    for path in request.ggufs:
+        if not path.is_file():
+            raise InputError(f"{path} is no file: make it with llama.cpp's llama-quantize")
+    program = request.llama_bench
+    return [] if program is None else [LlamaBench(program, path, torch.get_num_threads()) for path in request.ggufs]
+
+
+def _figures(
+    names: list[str], models: list[_Timed], others: list[LlamaBench], protocol: SpeedProtocol
+) -> dict[str, dict[str, Any]]:
     rounds = [sum(times) for times in zip(*(timed.decode for timed in models), strict=True)]
     quiet = sorted(range(len(rounds)), key=rounds.__getitem__)[: max(1, len(rounds) // 2)]
-    decode = [median(timed.decode[i] for i in quiet) for timed in models]
-    prefill = [min(timed.prefill[1:]) for timed in models]
+    seconds = [(min(timed.prefill[1:]), median(timed.decode[i] for i in quiet)) for timed in models]
+    seconds += [other.seconds for other in others]
+    everyone: list[_Timed | LlamaBench] = [*models, *others]
     return {
-        str(folder): {
-            "prefill_tokens_per_second": protocol.seqlen / prefill[i],
-            "prefill_speedup": prefill[0] / prefill[i],
-            "decode_tokens_per_second": 1 / decode[i],
-            "decode_speedup": decode[0] / decode[i],
+        name: {
+            "prefill_tokens_per_second": protocol.seqlen / prefill,
+            "prefill_speedup": seconds[0][0] / prefill,
+            "decode_tokens_per_second": 1 / decode,
+            "decode_speedup": seconds[0][1] / decode,
             "bytes": timed.nbytes,
             "kernels": timed.kernels,
         }
-        for i, (folder, timed) in enumerate(zip(folders, models, strict=True))
+        for name, timed, (prefill, decode) in zip(names, everyone, seconds, strict=True)
     }

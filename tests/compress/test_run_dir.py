@@ -84,7 +84,9 @@ def test_once_makes_once(run):
 
 def test_runs_that_calibrate_alike_share_tokens_and_nothing_else(tmp_path):
     def opened(name, model=1, **changes):
-        return RunDir(tmp_path / name, Recipe(**RECIPE.model_dump() | changes), {"model": model}, Shared(tmp_path / "shared"))
+        return RunDir(
+            tmp_path / name, Recipe(**RECIPE.model_dump() | changes), {"model": model}, Shared(tmp_path / "shared")
+        )
 
     def folders(*arguments, **changes):
         run = opened(*arguments, **changes)
