@@ -160,7 +160,7 @@ def test_transformers_alone_stops_and_with_the_plug_in_loads(native, plugged):
         "import sys; from transformers import AutoModelForCausalLM\n"
         f"{'import compress.hf' if plugged else ''}\n"
         f"model = AutoModelForCausalLM.from_pretrained({str(native)!r})\n"
-        "print('loaded', type(model.model.layers[0].mlp.up_proj).__name__)"
+        "print('loaded', type(model.model.layers[0].mlp.down_proj).__name__)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     if plugged:

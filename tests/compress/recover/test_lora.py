@@ -41,7 +41,7 @@ def test_lora_has_every_variant_and_the_others_those_that_can_be_stored_beside_p
             if name in STORED:
                 method.Options(variant=name)
             else:
-                with pytest.raises(ValueError, match="take one of lora, rslora, adalora, vera, miss"):
+                with pytest.raises(ValueError, match="take one of lora, rslora, eva, adalora, vera, miss"):
                     method.Options(variant=name)
 
 
