@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.bench.llama import LlamaBench
+from compress.bench.llama import NEW_TOKENS, LlamaBench
 from compress.errors import InputError
 from compress.eval.speed import SpeedProtocol
 from compress.hf import compressed_layers, load_model
@@ -36,9 +36,10 @@ class _Timed:
         ids = torch.randint(self.model.config.get_text_config().vocab_size, (1, length), generator=generator)
         self.prefill.append(self._forward(ids.to(self.model.device), None))
 
-    def step(self) -> None:
-        """One token more."""
-        self.decode.append(self._forward(self.token, self.cache))
+    def tokens(self, count: int) -> None:
+        """A turn of so many tokens more. The first finds the processor's cache as another model left it, and does not count."""
+        seconds = [self._forward(self.token, self.cache) for _ in range(count)]
+        self.decode.append(median(seconds[1:]))
 
     def _forward(self, ids: Tensor, cache: Any) -> float:
         started = time.perf_counter()
@@ -65,11 +66,11 @@ class DecodeRequest:
 
 @torch.no_grad()
 def bench_decode(request: DecodeRequest, device: str) -> Report:
-    """Time prompts in turns, then tokens in turns, so that what disturbs one model disturbs all.
+    """Time prompts in turns, then tokens in turns of some in a row, so that what disturbs one model disturbs all.
 
-    Of prompts the fastest counts. Of rounds of one token each, the quieter half counts (by the time all models took
-    together), and of those the median. llama-bench has its turns, of several tokens, among them. Raises InputError for
-    what does not load.
+    Of prompts the fastest counts. Of rounds in which each model has a turn, the quieter half counts (by the time all took
+    together), and of those the median. llama-bench has its turns, as long, among them. Raises InputError for what does
+    not load.
     """
     protocol, reporter = request.protocol, Reporter()
     others = _llama(request)
@@ -79,7 +80,8 @@ def bench_decode(request: DecodeRequest, device: str) -> Report:
             models.append(_Timed(folder, request.prompts, device))
             stage.step()
     everyone: list[_Timed | LlamaBench] = [*models, *others]
-    with reporter.stage("prompt and tokens", protocol.repeats + 1 + protocol.new_tokens) as stage:
+    rounds = max(1, protocol.new_tokens // NEW_TOKENS)
+    with reporter.stage("prompt and tokens", protocol.repeats + 1 + rounds) as stage:
         for timed in models:
             timed.prompt(protocol.seqlen)  # does not count
         stage.step()
@@ -87,12 +89,11 @@ def bench_decode(request: DecodeRequest, device: str) -> Report:
             for each in everyone:
                 each.turn(protocol.seqlen)
             stage.step()
-        for step in range(protocol.new_tokens):
+        for _ in range(rounds):
             for timed in models:
-                timed.step()
-            if (step + 1) % max(1, protocol.new_tokens // protocol.repeats) == 0:
-                for other in others:
-                    other.turn(protocol.seqlen)
+                timed.tokens(NEW_TOKENS)
+            for other in others:
+                other.turn(protocol.seqlen)
             stage.step()
     names = [*request.checkpoints] + [str(other.gguf) for other in others]
     found = _figures(names, models, others, protocol)
@@ -108,7 +109,7 @@ def bench_decode(request: DecodeRequest, device: str) -> Report:
         for name, each in found.items()
     ]
     columns = ["checkpoint", "prompt, tokens/s", "x first", "then, tokens/s", "x first", "in memory"]
-    closing = f"x first: times as fast as {names[0]}; quieter half of {protocol.new_tokens} rounds"
+    closing = f"x first: times as fast as {names[0]}; quieter half of {rounds} turns of {NEW_TOKENS} tokens"
     data = {"protocol": asdict(protocol), "prompts": request.prompts, "speed": found}
     return Report(data, [table("", columns, rows), closing])
 

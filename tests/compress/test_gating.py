@@ -89,6 +89,10 @@ def test_a_checkpoint_is_judged_where_it_lies_and_the_exit_code_says_so(
     file.write_text(json.dumps(values))
     code, said = call("--baseline", file)
     assert code == 1 and "worse in perplexity, words, wanda" in said.out
+    file.write_text(json.dumps(values | {"tolerance": {"perplexity": 0.5}}))
+    assert call(*flags, "--max-windows", 3)[0] == 0
+    again = json.loads(file.read_text())
+    assert again["tolerance"] == {"perplexity": 0.5} and again["figures"] != values["figures"]
     assert call("--baseline", tmp_path / "none.json")[0] == 2
     assert call("--baseline", file, "--ppl", text_file)[0] == 2
 

@@ -1,4 +1,5 @@
 import json
+from itertools import chain
 
 import pytest
 from tiny import save_tiny
@@ -28,7 +29,8 @@ def test_every_checkpoint_beside_the_first(folders):
 
 def test_the_quieter_half_counts(folders, monkeypatch):
     clock = {"now": 0.0}
-    seconds = iter([1, 1, 1, 1, *[2, 1] * 2, *[50, 9] * 2])  # two prompts each, two quiet rounds, two others
+    turns = [[90, *[seconds] * 15] for seconds in (2, 1, 2, 1, 50, 9, 50, 9)]  # a round is two; first tokens are cold
+    seconds = chain([1] * 4, *turns)  # two prompts each, two quiet rounds, two others
 
     def tick():
         clock["turn"] = not clock.get("turn", False)
@@ -37,7 +39,7 @@ def test_the_quieter_half_counts(folders, monkeypatch):
         return clock["now"]
 
     monkeypatch.setattr(decode.time, "perf_counter", tick)
-    speed = bench_decode(DecodeRequest(folders, SpeedProtocol(16, 4, 1)), "cpu").data["speed"]
+    speed = bench_decode(DecodeRequest(folders, SpeedProtocol(16, 64, 1)), "cpu").data["speed"]
     assert [each["decode_tokens_per_second"] for each in speed.values()] == [0.5, 1.0]
     assert [each["decode_speedup"] for each in speed.values()] == [1, 2]
 
