@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from compress.errors import RunError
+from compress.errors import InputError, RunError
 from compress.flags import Device, Json, ModelName, given
 from compress.report import Report, show
 
@@ -272,6 +272,33 @@ def decode(
     protocol = SpeedProtocol(seqlen, new_tokens, repeats)
     request = DecodeRequest(folders, protocol, prompts, llama_bench, tuple(gguf or ()))
     show(bench_decode(request, pick_device(device)), as_json)
+
+
+@bench.command()
+def kernels(
+    shape: Annotated[str, typer.Option(help="Outputs x inputs of the layer.")] = "4096x4096",
+    tokens: Annotated[str, typer.Option(help="Tokens of one product, with commas between.")] = "1,16,256",
+    group_size: Annotated[int, typer.Option(min=1, help="Weights that share a scale.")] = 128,
+    only: Annotated[list[str] | None, typer.Option(help="An implementation; may be repeated. Without: all.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Check, then time every kernel that can serve a layer here, beside the dense product: on a GPU or a CPU.
+
+    [bold]Example[/bold]
+
+      compress bench kernels --device cuda --shape 4096x11008 --tokens 1,8,16,32,256
+    """
+    from compress.bench.kernels import KernelBench, bench_kernels
+    from compress.commands import pick_device
+
+    try:
+        rows, columns = map(int, shape.split("x"))
+        counts = tuple(int(count) for count in tokens.split(","))
+    except ValueError as error:
+        raise InputError(f"--shape {shape} --tokens {tokens}: write them as 4096x11008 and 1,16,256") from error
+    asked = KernelBench((rows, columns), counts, group_size=group_size, only=tuple(only or ()))
+    show(bench_kernels(asked, pick_device(device)), as_json)
 
 
 def _finish(report: Report, as_json: bool) -> None:

@@ -120,7 +120,7 @@ def _times(
     new = [kind for kind in kinds if kind.NAME not in known]
     if not new:
         return known
-    if not preferences.measuring or case.device.type != "cpu" or _without_values(case):
+    if not preferences.measuring or case.device.type not in ("cpu", "cuda") or _without_values(case):
         return None
     known = measure(case, kinds) | {name: times for name, times in known.items() if name not in {k.NAME for k in kinds}}
     timings.add(case, known)

@@ -20,8 +20,10 @@ LEAST, MOST, ENOUGH = 2, 15, 0.01  # repeats, and the seconds after which there 
 Times = dict[str, dict[int, float]]  # implementation -> tokens -> seconds of one call
 
 
-def machine() -> str:
-    """What timings are of: the processor, threads and torch."""
+def machine(device: torch.device) -> str:
+    """What timings are of: the GPU, or the processor and threads, and torch."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     return f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
@@ -42,13 +44,13 @@ class Timings:
 
     def of(self, case: Case) -> Times | None:
         """What was measured for layers like `case` on this machine; None: nothing."""
-        found = self._read().get(machine(), {}).get(case.key)
+        found = self._read().get(machine(case.device), {}).get(case.key)
         return None if found is None else {name: {int(m): t for m, t in each.items()} for name, each in found.items()}
 
     def add(self, case: Case, times: Mapping[str, Mapping[int, float]]) -> None:
         """Keep what was measured."""
         known = self._read()
-        known.setdefault(machine(), {})[case.key] = {name: dict(each) for name, each in times.items()}
+        known.setdefault(machine(case.device), {})[case.key] = {name: dict(each) for name, each in times.items()}
         aside = self.path.with_name(f"{self.path.name}.{time.monotonic_ns()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,10 +74,11 @@ def measure(case: Case, kinds: Sequence[type[Implementation]]) -> Times:
     A kernel over packed weights that falls far behind is not asked for more tokens, and has no figure there.
     """
     times: Times = {kind.NAME: {} for kind in kinds}
-    made = [kind(case) for kind in kinds]
+    made = [kind(case).to(case.device) for kind in kinds]
     for tokens in TOKENS:
-        x = torch.randn(tokens, case.weight.shape[1], generator=torch.Generator().manual_seed(0))
-        inputs = {True: x.mul(30).to(torch.int8), False: x.to(case.dtype)}
+        x = torch.randn(tokens, case.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(case.device)
+        scale = None if case.inputs is None or case.inputs.static else torch.ones(tokens, 1, device=case.device)
+        inputs = {True: (x.mul(30).to(torch.int8), scale), False: (x.to(case.dtype),)}
         for implementation in made:
             times[implementation.NAME][tokens] = _fastest(implementation, inputs[implementation.CODES])
         best = min(times[implementation.NAME][tokens] for implementation in made)
@@ -83,11 +86,16 @@ def measure(case: Case, kinds: Sequence[type[Implementation]]) -> Times:
     return times
 
 
-def _fastest(implementation: Implementation, x: torch.Tensor) -> float:
-    implementation(x)
+def _fastest(implementation: Implementation, inputs: tuple[torch.Tensor | None, ...]) -> float:
+    _call(implementation, inputs)
     taken: list[float] = []
     while len(taken) < LEAST or (len(taken) < MOST and sum(taken) < ENOUGH):
         started = time.perf_counter()
-        implementation(x)
+        _call(implementation, inputs)
         taken.append(time.perf_counter() - started)
     return min(taken)
+
+
+def _call(implementation: Implementation, inputs: tuple[torch.Tensor | None, ...]) -> None:
+    if implementation(*inputs).is_cuda:  # type: ignore[arg-type]  # the first is there
+        torch.cuda.synchronize()
