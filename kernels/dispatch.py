@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from compress.errors import InputError
+from compress.kernels.gemm.launch import Tiling
 from compress.kernels.implementation import Case, Implementation
 from compress.kernels.timings import TOKENS, Times, Timings, measure
 
@@ -62,6 +63,18 @@ class Choice:
     many: type[Implementation] | None  # None: `few` serves any number of tokens
     many_from: int  # tokens in one call from which `many` takes over
     why: str
+    few_tilings: tuple[Tiling, ...] = ()  # what was measured of the tiles of `few`
+    many_tilings: tuple[Tiling, ...] = ()
+
+    def made(self, case: Case) -> tuple[Implementation, Implementation | None]:
+        """Both, with `case`'s weight laid out for them."""
+        few = self.few(case)
+        few.tilings = self.few_tilings
+        if self.many is None:
+            return few, None
+        many = self.many(case)
+        many.tilings = self.many_tilings
+        return few, many
 
     @property
     def names(self) -> str:
@@ -97,7 +110,7 @@ def choose(case: Case, preferences: Preferences = Preferences(), timings: Timing
     roles |= {"dense"} if preferences.prompts == "dense" else set()
     first = next((kind for kind in kinds if kind.ROLE == "decode"), None)  # the others decode more slowly
     kinds = [kind for kind in kinds if kind.ROLE in roles and (kind.ROLE != "decode" or kind is first)]
-    if len(kinds) == 1:
+    if len(kinds) == 1 and not kinds[0].TILED:
         return Choice(kinds[0], None, 0, "nothing else serves it")
     times = _times(case, kinds, preferences, timings or Timings())
     return _by_default(kinds, preferences) if times is None else _by_time(kinds, times)
@@ -136,18 +149,25 @@ def _by_time(kinds: Sequence[type[Implementation]], times: Times) -> Choice:
     never = float("inf")
 
     def seconds(kind: type[Implementation], tokens: int) -> float:
-        return times[kind.NAME].get(tokens, never)
+        timing = times[kind.NAME].get(tokens)
+        return never if timing is None else timing.seconds
 
     few = min(kinds, key=lambda kind: seconds(kind, TOKENS[0]))
     many = min(kinds, key=lambda kind: seconds(kind, TOKENS[-1]))
     better = [tokens for tokens in TOKENS if seconds(many, tokens) * WORTH < seconds(few, tokens)]
     if many is few or TOKENS[-1] not in better:
-        return Choice(few, None, 0, "fastest here")
+        return Choice(few, None, 0, "fastest here", _tilings(times, few))
     worse = [tokens for tokens in TOKENS if tokens not in better]
     from_tokens = min(tokens for tokens in better if tokens > max(worse, default=0))
     gain = seconds(few, TOKENS[-1]) / seconds(many, TOKENS[-1])
     said = f"{gain:.1f} x" if gain < never else f"more than {TOKENS[-1] // from_tokens} x"
-    return Choice(few, many, from_tokens, f"fastest here, the second {said} as fast for {TOKENS[-1]} tokens")
+    why = f"fastest here, the second {said} as fast for {TOKENS[-1]} tokens"
+    return Choice(few, many, from_tokens, why, _tilings(times, few), _tilings(times, many))
+
+
+def _tilings(times: Times, kind: type[Implementation]) -> tuple[Tiling, ...]:
+    """Those measured of `kind`, in ascending tokens."""
+    return tuple(timing.tiling for _, timing in sorted(times[kind.NAME].items()) if timing.tiling is not None)
 
 
 def _by_default(kinds: Sequence[type[Implementation]], preferences: Preferences) -> Choice:

@@ -1,5 +1,6 @@
 """Triton kernels as implementations. The kernels themselves (kernels/*/triton.py) are imported when they first run."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from types import ModuleType
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from compress.kernels.codebook import ops as codebook_ops
 from compress.kernels.fragments import ops as fragment_ops
-from compress.kernels.gemm.launch import Epilogue
+from compress.kernels.gemm.launch import Epilogue, Tiling
 from compress.kernels.implementation import Case, Implementation
 from compress.kernels.sparse24 import ops as sparse24_ops
 from compress.kernels.w8a8 import ops as w8a8_ops
@@ -23,7 +24,7 @@ DENSE_FROM = 129  # tokens from which a dequantized weight and a dense product a
 class _Laid(Implementation):
     """A weight in a layout of kernels: its tensors are buffers, all else it knows are numbers."""
 
-    OPS: ModuleType  # of a family: `supports`, `lay`, `matmul` and, for weights that are decoded, `dequantize`
+    OPS: ModuleType  # of a family: `supports`, `lay`, `matmul`, `tilings` and, for weights that are decoded, `dequantize`
 
     @classmethod
     def supports(cls, case: Case) -> str | None:
@@ -50,14 +51,23 @@ class _Laid(Implementation):
         return self.layout(**dict(self.named_buffers()), **self.numbers)
 
 
-class _Product(_Laid):
+class _Tiled(_Laid):
+    TILED = True
+
+    def candidates(self, tokens: int) -> Sequence[Tiling]:
+        """The tiles of its kernel."""
+        found: Sequence[Tiling] = self.OPS.tilings(self.laid, tokens)
+        return found
+
+
+class _Product(_Tiled):
     ABOUT = "Triton: up to some hundred tokens on a GPU"
     EPILOGUE = True
     BEATEN_FROM = DENSE_FROM
 
     def forward(self, x: Tensor, epilogue: Epilogue = Epilogue()) -> Tensor:
         """[tokens, in] to [tokens, out]."""
-        y: Tensor = self.OPS.matmul(x, self.laid, epilogue)
+        y: Tensor = self.OPS.matmul(x, self.laid, epilogue, tilings=self.tilings)
         return y
 
 
@@ -70,7 +80,7 @@ class _Dequantized(_Laid):
         return torch.nn.functional.linear(x, self.OPS.dequantize(self.laid, self.dtype))
 
 
-class TritonW8A8(_Laid):
+class TritonW8A8(_Tiled):
     """Bytes times bytes, kernels/w8a8."""
 
     NAME = "triton-w8a8"
@@ -85,7 +95,7 @@ class TritonW8A8(_Laid):
 
     def forward(self, x: Tensor, token_scale: Tensor | None = None) -> Tensor:
         """int8 [tokens, in], and their scales float32 [tokens, 1], to [tokens, out]."""
-        return w8a8_ops.matmul(x, token_scale, self.laid, None, self.dtype)
+        return w8a8_ops.matmul(x, token_scale, self.laid, None, self.dtype, self.tilings)
 
 
 def _kind(base: type[_Laid], name: str, ops: ModuleType, **facts: Any) -> type[Implementation]:

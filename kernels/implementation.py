@@ -1,13 +1,14 @@
 """What multiplies by a packed weight: one class for each way, each with its own memory layout."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from compress.kernels.gemm.launch import Epilogue
+from compress.kernels.gemm.launch import Epilogue, Tiling
 from compress.kernels.inputs import InputQuantizer
 from compress.kernels.weights import PackedWeight
 
@@ -46,6 +47,8 @@ class Implementation(nn.Module, ABC):
     )
     EPILOGUE: ClassVar[bool] = False  # takes an Epilogue as well, and adds it before the outputs are rounded
     BEATEN_FROM: ClassVar[int] = 2**31  # tokens from which decoding is faster, unless this machine was measured
+    TILED: ClassVar[bool] = False  # has `candidates`
+    tilings: Sequence[Tiling] = ()  # the fastest of them, by tokens; of none a rule decides
 
     @classmethod
     @abstractmethod
@@ -60,6 +63,10 @@ class Implementation(nn.Module, ABC):
             `extra`: with CODES the scale of each token, float32 [tokens, 1], None if inputs are static; with EPILOGUE
             what is added.
             """
+
+    def candidates(self, tokens: int) -> Sequence[Tiling]:
+        """What may be timed to decide how a product of so many tokens is cut into tiles, the rule's own choice first."""
+        return ()
 
     def keep(self, name: str, tensor: Tensor) -> None:
         """Hold a tensor that goes where the module goes."""

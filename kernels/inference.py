@@ -44,8 +44,8 @@ class CompressedLinear(nn.Module):
         self.out_features, self.in_features = parts.weight.shape
         case = parts.case(dtype, device)
         self.choice = preferences if isinstance(preferences, Choice) else choose(case, preferences)
-        self.few = self.choice.few(case)
-        self.many = None if self.choice.many is None else self.choice.many(case)
+        self.few, self.many = self.choice.made(case)
+        self._products = self.few, self.many  # a plain attribute: a module finds those that it holds slowly
         self.weight = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
         self.input_quantizer = parts.inputs
         self._keep("constant", _constant(parts), device)
@@ -55,8 +55,8 @@ class CompressedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out], in the dtype of `x`."""
         rows = x.reshape(-1, self.in_features)
-        many = self.many
-        product = self.few if many is None or len(rows) < self.choice.many_from else many
+        few, many = self._products
+        product = few if many is None or rows.shape[0] < self.choice.many_from else many
         y = product(rows) if self.plain else self._multiplied(product, rows).to(x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 

@@ -10,15 +10,18 @@ from compress.kernels.inference import CompressedLinear, LayerParts
 from compress.kernels.weights import stacked_rows
 
 
-def joinable(parts: LayerParts, choice: Choice) -> Hashable | None:
-    """What layers of one input must agree in to become one: layout, inputs, and who serves them; None: it stays alone."""
+def joinable(parts: LayerParts, choice: Choice | None = None) -> Hashable | None:
+    """What layers of one input must agree in to become one: layout, inputs, and who serves them, if that is chosen.
+
+    None: it stays alone.
+    """
     weight, inputs = parts.weight, parts.inputs
     if weight.WHOLE or parts.correction is not None:
         return None
     dtypes = tuple(tensor.dtype for tensor in weight.tensors().values())
     shift = None if inputs is None or inputs.shift is None else tuple(inputs.shift.tolist())
     layout = type(weight), dtypes, tuple(weight.description().items())
-    return layout, inputs and (inputs.bits, inputs.static, shift), choice.few, choice.many
+    return layout, inputs and (inputs.bits, inputs.static, shift), choice and (choice.few, choice.many)
 
 
 def joined(parts: Sequence[LayerParts]) -> LayerParts:
@@ -30,22 +33,25 @@ def joined(parts: Sequence[LayerParts]) -> LayerParts:
     return LayerParts(stacked_rows([each.weight for each in parts]), bias, inputs=parts[0].inputs)
 
 
-class JointLinear(nn.Module):
-    """One layer in the place of several. The first of them that is called multiplies for all."""
+class JointLinear:
+    """One layer in the place of several. The first of them that is called multiplies for all.
+
+    It is no module: those take long to set what is held from one call to the next.
+    """
 
     def __init__(self, layer: CompressedLinear, sizes: Sequence[int]):
         """`sizes`: how many outputs each of them has, in the order in which the model calls them."""
-        super().__init__()
         self.layer, self.sizes = layer, list(sizes)
-        self._made: tuple[Tensor, int, tuple[Tensor, ...]] | None = None  # of an input, as it was at that time
+        self._made: tuple[Tensor, int, Sequence[Tensor]] | None = None  # of an input, as it was at that time
 
     def outputs(self, x: Tensor, index: int) -> Tensor:
         """Those of one of them, [..., sizes[index]], for an input [..., in] that all of them are called with."""
         version = 0 if x.is_inference() else x._version
         made = self._made
         if made is None or made[0] is not x or made[1] != version:
-            made = (x, version, self.layer(x).split(self.sizes, -1))
-        self._made = None if index == len(self.sizes) - 1 else made
+            made = self._made = (x, version, self.layer(x).split_with_sizes(self.sizes, -1))
+        if index == len(self.sizes) - 1:
+            self._made = None
         return made[2][index].contiguous()
 
 
@@ -55,6 +61,7 @@ class JointPart(nn.Module):
     def __init__(self, joint: JointLinear, index: int):
         super().__init__()
         self.joint, self.index = joint, index
+        self.layer = joint.layer  # a module of this one's: it goes where the model goes
         self.in_features, self.out_features = joint.layer.in_features, joint.sizes[index]
         self.weight = joint.layer.weight
 

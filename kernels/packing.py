@@ -44,6 +44,19 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(words: Tensor, bits: int, length: int) -> Tensor:
     """The inverse of `pack`: int32 [..., words] to uint8 [..., length], or int32 where codes have more than 8 bits."""
+    codes = _in_bytes(words, bits) if 8 % bits == 0 else _across_bytes(words, bits)
+    return codes.flatten(-2)[..., :length].contiguous()
+
+
+def _in_bytes(words: Tensor, bits: int) -> Tensor:
+    """Codes of 1, 2, 4 or 8 bits, none of which crosses a byte, [..., words, codes of a word]."""
+    octets = words.unsqueeze(-1).view(torch.uint8).unsqueeze(-1)  # [..., words, 4, 1]
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
+    return (octets >> shifts).bitwise_and_(2**bits - 1).flatten(-2)
+
+
+def _across_bytes(words: Tensor, bits: int) -> Tensor:
+    """Codes of any number of bits, [..., periods, codes of a period]."""
     period = math.lcm(bits, WORD)
     codes_per_period, words_per_period = period // bits, period // WORD
     padded = -words.shape[-1] % words_per_period
@@ -59,7 +72,7 @@ def unpack(words: Tensor, bits: int, length: int) -> Tensor:
         if shift + bits > WORD:
             value |= (groups[..., word + 1].to(torch.int64) & 0xFFFFFFFF) << (WORD - shift)
         codes[..., i] = (value & mask).to(dtype)
-    return codes.flatten(-2)[..., :length].contiguous()
+    return codes
 
 
 def pack_mask(keep: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from compress.kernels.gemm.reference import excess_error, linear64, linear_round
 from compress.kernels.implementation import Case, Implementation
 from compress.kernels.packing import pack
 from compress.kernels.sparse24_weight import Sparse24IntWeight
+from compress.kernels.timings import with_best_tiles
 from compress.kernels.weights import IntWeight, PackedWeight
 from compress.progress import Reporter
 from compress.report import Report, table
@@ -85,13 +86,16 @@ def _rows(case: Case, asked: KernelBench) -> Iterator[dict[str, Any]]:
         yield {"implementation": name, "error": error, "times": times}
 
 
-def _timed(made: Implementation, x: Tensor, dense: float, case: Case) -> dict[str, float | None]:
-    """{"tokens", "seconds", "speedup" over the dense product, "roofline": share of what memory allows, None where that is unknown}."""
-    seconds = _seconds(partial(made, x), case.device)
+def _timed(made: Implementation, x: Tensor, dense: float, case: Case) -> dict[str, Any]:
+    """{"tokens", "seconds", "speedup" over the dense product, "roofline": share of what memory allows, None where that is
+    unknown, "tiling": the fastest}."""
+    timing = with_best_tiles(made, (x,), lambda made, _: _seconds(partial(made, x), case.device))
+    seconds = timing.seconds
     rate = _bytes_per_second(case.device)
     least = None if rate is None else case.weight.nbytes / rate
     share = None if least is None else least / seconds
-    return {"tokens": len(x), "seconds": seconds, "speedup": dense / seconds, "roofline": share}
+    tiling = timing.tiling and asdict(timing.tiling)
+    return {"tokens": len(x), "seconds": seconds, "speedup": dense / seconds, "roofline": share, "tiling": tiling}
 
 
 def _cells(row: dict[str, Any], count: int) -> list[str]:

@@ -5,11 +5,11 @@ import torch
 from compress.kernels.codebook.layout import VECTOR_SIZES, SlicedCodebookWeight
 from compress.kernels.codebook_weight import CodebookWeight
 from compress.kernels.gemm.launch import unavailable
-from compress.kernels.gemm.ops import dense, product
+from compress.kernels.gemm.ops import dense, product, tiled
 from compress.kernels.weights import PackedWeight
 
 _KERNELS = "codebook", SlicedCodebookWeight, "compress.kernels.codebook.triton"
-matmul, dequantize = product(*_KERNELS), dense(*_KERNELS)
+matmul, dequantize, tilings = product(*_KERNELS), dense(*_KERNELS), tiled(_KERNELS[-1])
 lay = SlicedCodebookWeight.from_codebook
 
 

@@ -1,5 +1,6 @@
 """Triton kernels over `SlicedCodebookWeight`: vectors are gathered whole, added up and multiplied."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from compress.kernels.codebook.layout import SlicedCodebookWeight, block_inputs
 from compress.kernels.gemm.configs import SIZES, KernelConfig
-from compress.kernels.gemm.launch import Epilogue, Launch, check_inputs, default_launch
+from compress.kernels.gemm.launch import Epilogue, Launch, Tiling, check_inputs, choose_launch
 from compress.kernels.gemm.triton import multiply, write_tile
 
 TILES = tuple(Launch(tokens, 64, num_stages=1) for tokens in (16, 32, 64))  # more stages would gather past the L1 cache
@@ -113,18 +114,25 @@ def codebook_dequantize(
         tl.store(y_ptr + at, weight.to(y_ptr.dtype.element_ty), mask=(n < N)[None, :, None] & (k < K))
 
 
+def tiles(weight: SlicedCodebookWeight) -> tuple[Launch, ...]:
+    """What a product may be cut into."""
+    return TILES
+
+
 def matmul(
     x: Tensor,
     weight: SlicedCodebookWeight,
     epilogue: Epilogue = Epilogue(),
     deterministic: bool = False,
     launch: Launch | None = None,
+    tilings: Sequence[Tiling] = (),
 ) -> Tensor:
     """y = x Wᵀ + (x Aᵀ) Bᵀ + bias, [..., out] in the dtype of x [..., in]; see `ops.matmul`."""
     out_features, in_features = weight.shape
     check_inputs(x, in_features, weight.codes.device, epilogue, out_features)
     tokens, blocks = x.numel() // in_features, triton.cdiv(in_features, block_inputs(weight.code_bits))
-    launch = launch or default_launch((tokens, out_features, blocks), x.device, deterministic, TILES)
+    sizes = tokens, out_features, blocks
+    launch = launch or choose_launch(sizes, x.device, deterministic, tiles(weight), tilings)
     tensors = (weight.codes, weight.codebooks, weight.scale)
     return multiply(codebook_gemm, x, tensors, epilogue, launch, _constants(weight))
 
@@ -172,5 +180,6 @@ CONFIGS = (
     _config(2, 8, "fp16", replace(TILES[0], splits=4)),
     _config(2, 8, "bf16", replace(TILES[0], splits=4)),
     _config(1, 16, "fp16", replace(TILES[0], splits=4)),
+    _config(2, 8, "fp16", TILES[1]),
     _config(2, 8, "bf16", TILES[2]),
 )

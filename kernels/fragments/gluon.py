@@ -4,6 +4,7 @@ Written in Gluon, which is Triton with the layout of registers spelled out; `pro
 those it has loaded.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -15,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from compress.kernels.fragments.layout import LANES, TILE, VECTOR, FragmentWeight, block_inputs
 from compress.kernels.fragments.program import Program
 from compress.kernels.gemm.configs import KernelConfig
-from compress.kernels.gemm.launch import Epilogue, Launch, check_inputs, default_launch
+from compress.kernels.gemm.launch import Epilogue, Launch, Tiling, check_inputs, choose_launch
 from compress.kernels.gemm.triton import FLAT, sum_splits
 
 WARPS = 4
@@ -179,12 +180,18 @@ def _beside(program: Program) -> object:
     return _layout((WARPS, words), registers, _along(1, *_doubled(pair, LANES * pair)), own)
 
 
+def tiles(weight: FragmentWeight) -> tuple[Launch, ...]:
+    """What a product may be cut into."""
+    return TILES
+
+
 def matmul(
     x: Tensor,
     weight: FragmentWeight,
     epilogue: Epilogue = Epilogue(),
     deterministic: bool = False,
     launch: Launch | None = None,
+    tilings: Sequence[Tiling] = (),
 ) -> Tensor:
     """y = x Wᵀ + (x Aᵀ) Bᵀ + bias, [..., out] in the dtype of x [..., in]; see `ops.matmul`."""
     out_features, in_features = weight.shape
@@ -194,8 +201,8 @@ def matmul(
     if not len(flat):
         return y.unflatten(0, x.shape[:-1])
     blocks = in_features // block_inputs(weight.bits, weight.sparse)
-    tiles = INVARIANT if deterministic else TILES
-    launch = launch or default_launch((len(flat), out_features, blocks), x.device, deterministic, tiles)
+    sizes, allowed = (len(flat), out_features, blocks), INVARIANT if deterministic else tiles(weight)
+    launch = launch or choose_launch(sizes, x.device, deterministic, allowed, tilings)
     whole = weight.group_size == in_features
     program = Program(
         bits=weight.bits,

@@ -9,13 +9,14 @@ import torch
 
 from compress.kernels.fragments.layout import BITS, SPARSE_BITS, FragmentWeight, block_inputs
 from compress.kernels.gemm.launch import unavailable
-from compress.kernels.gemm.ops import product
+from compress.kernels.gemm.ops import product, tiled
 from compress.kernels.sparse24_weight import Sparse24IntWeight
 from compress.kernels.weights import IntWeight, PackedWeight
 
 PARTS = (32, 64)  # groups of inputs smaller than a block
 
-matmul = product("fragment", FragmentWeight, "compress.kernels.fragments.gluon")
+_MODULE = "compress.kernels.fragments.gluon"
+matmul, tilings = product("fragment", FragmentWeight, _MODULE), tiled(_MODULE)
 
 
 def lay(weight: IntWeight | Sparse24IntWeight) -> FragmentWeight:

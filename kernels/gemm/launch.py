@@ -19,6 +19,7 @@ AMD_STAGES = 2  # of a pipeline there: what more of them fetch ahead is kept in 
 LARGE = 64  # tokens of a tile whose sums do not fit the registers of four waves of 32 threads, on AMD's gfx11
 SMALL_WAVES = 4  # of a smaller tile on AMD's GPUs, at most: the fewer there are, the more registers each has
 LEAST_BLOCKS = 4  # of the inputs in one split; fewer do not fill a pipeline
+NUMBERS = 6  # of a `Tiling`
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,46 @@ class Launch:
     num_stages: int = 4
     splits: int = 1
     deterministic: bool = False
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a product of up to so many tokens is cut: a tile, and programs wanted for each multiprocessor.
+
+    What is measured on a GPU is one of these, not a number of splits: it goes for more than one size of weight.
+    """
+
+    tokens: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    waves: int = WAVES
+
+    @classmethod
+    def of(cls, tokens: int, tile: Launch, waves: int = WAVES) -> "Tiling":
+        """`tile`, for up to `tokens` tokens."""
+        return cls(tokens, tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, waves)
+
+    @property
+    def tile(self) -> Launch:
+        """Without splits."""
+        return Launch(self.block_m, self.block_n, self.num_warps, self.num_stages)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """All of it, in order."""
+        return self.tokens, self.block_m, self.block_n, self.num_warps, self.num_stages, self.waves
+
+
+def as_numbers(tilings: Sequence[Tiling]) -> list[int]:
+    """One after the other, as an operator of torch takes them."""
+    return [number for tiling in tilings for number in tiling.numbers]
+
+
+def from_numbers(numbers: Sequence[int]) -> list[Tiling]:
+    """The inverse of `as_numbers`."""
+    return [Tiling(*numbers[at : at + NUMBERS]) for at in range(0, len(numbers), NUMBERS)]
 
 
 @dataclass(frozen=True)
@@ -53,22 +94,51 @@ class Epilogue:
 TILES = (Launch(16, 128), Launch(32, 128), Launch(64, 128), Launch(128, 128, num_warps=8, num_stages=3))
 
 
-def default_launch(
-    sizes: tuple[int, int, int], device: torch.device, deterministic: bool = False, tiles: Sequence[Launch] = TILES
+def choose_launch(
+    sizes: tuple[int, int, int],
+    device: torch.device,
+    deterministic: bool = False,
+    tiles: Sequence[Launch] = TILES,
+    tilings: Sequence[Tiling] = (),
 ) -> Launch:
-    """The first of `tiles` that takes all tokens, or the last, with splits that keep the device busy.
+    """The first of `tiles` that takes all tokens, or the largest, or what was measured for so many; with splits.
 
-    `sizes`: tokens, outputs, and steps of the loop over the inputs. The number of splits does not depend on the tokens,
-    and a deterministic launch has tiles of at most 32 of them: beyond that, some GPUs multiply with other instructions.
-    A token's outputs are then the same in any batch.
+    `sizes`: tokens, outputs, and steps of the loop over the inputs. `tilings`: what was measured, in ascending tokens. A
+    deterministic launch leaves it: there the number of splits does not depend on the tokens, and tiles have at most 32 of
+    them, since beyond that some GPUs multiply with other instructions. A token's outputs are then the same in any batch.
     """
     tokens, out_features, blocks = sizes
     allowed = [tile for tile in tiles if tile.block_m <= INVARIANT or not deterministic]
-    tile = next((tile for tile in allowed if tile.block_m >= tokens), allowed[-1])
-    wanted = WAVES * multiprocessors(device) // -(-out_features // tile.block_n)
+    tile, waves = covering(tokens, allowed), WAVES
+    measured = None if deterministic else _measured(tokens, tile, tilings)
+    if measured is not None and measured.tile in tiles:
+        waves = measured.waves
+        tile = measured.tile if measured.block_m <= tile.block_m else tile
+    wanted = waves * multiprocessors(device) // -(-out_features // tile.block_n)
     splits = max(1, min(wanted, blocks // LEAST_BLOCKS))
     tile = tile if torch.version.hip is None else on_amd(tile, wave_of(device))
     return replace(tile, splits=splits, deterministic=deterministic)
+
+
+def _measured(tokens: int, rule: Launch, tilings: Sequence[Tiling]) -> Tiling | None:
+    """What was measured for at least so many tokens, or for more than the tile of the rule takes."""
+    known = [tiling for tiling in tilings if tiling.tokens >= min(tokens, rule.block_m)]
+    return next((tiling for tiling in known if tiling.tokens >= tokens), known[-1] if known else None)
+
+
+def covering(tokens: int, tiles: Sequence[Launch]) -> Launch:
+    """The first of `tiles`, which ascend in tokens, that takes all tokens, or else the largest."""
+    most = max(tile.block_m for tile in tiles)
+    return next(tile for tile in tiles if tile.block_m >= min(tokens, most))
+
+
+def candidates(tokens: int, tiles: Sequence[Launch]) -> list[Tiling]:
+    """What is worth timing for so many tokens: the default first, then fewer and more splits of it, then other tiles for
+    as many tokens or half of them."""
+    default = covering(tokens, tiles)
+    others = [tile for tile in tiles if default.block_m // 2 <= tile.block_m <= default.block_m and tile != default]
+    waves = (WAVES, WAVES // 2, 2 * WAVES)
+    return [Tiling.of(tokens, default, each) for each in waves] + [Tiling.of(tokens, tile) for tile in others]
 
 
 def on_amd(tile: Launch, wave: int) -> Launch:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.kernels.gemm.launch import Epilogue
+from compress.kernels.gemm.launch import Epilogue, Tiling, as_numbers, candidates, from_numbers
 
 Tensors = Sequence[Tensor | None]
 Numbers = Sequence[int]
@@ -22,24 +22,37 @@ Numbers = Sequence[int]
 def product(family: str, layout: type[Any], module: str) -> Callable[..., Tensor]:
     """The operator compress::{family}_matmul, as a function of x, a weight in this layout, and what is optional."""
 
-    def run(x: Tensor, tensors: Tensors, numbers: Numbers, epilogue: Tensors, deterministic: bool) -> Tensor:
-        y: Tensor = import_module(module).matmul(x, layout(*tensors, *numbers), Epilogue(*epilogue), deterministic)
+    def run(
+        x: Tensor, tensors: Tensors, numbers: Numbers, epilogue: Tensors, deterministic: bool, tilings: Numbers
+    ) -> Tensor:
+        weight, measured = layout(*tensors, *numbers), from_numbers(tilings)
+        y: Tensor = import_module(module).matmul(x, weight, Epilogue(*epilogue), deterministic, tilings=measured)
         return y
 
-    def fake(x: Tensor, tensors: Tensors, numbers: Numbers, epilogue: Tensors, deterministic: bool) -> Tensor:
+    def fake(
+        x: Tensor, tensors: Tensors, numbers: Numbers, epilogue: Tensors, deterministic: bool, tilings: Numbers
+    ) -> Tensor:
         return x.new_empty(*x.shape[:-1], layout(*tensors, *numbers).shape[0])
 
     operator = torch.library.custom_op(f"compress::{family}_matmul", run, mutates_args=())
     operator.register_fake(fake)
 
-    def matmul(x: Tensor, weight: Any, epilogue: Epilogue = Epilogue(), deterministic: bool = False) -> Tensor:
+    def matmul(
+        x: Tensor,
+        weight: Any,
+        epilogue: Epilogue = Epilogue(),
+        deterministic: bool = False,
+        tilings: Sequence[Tiling] = (),
+    ) -> Tensor:
         """y = x Wᵀ + (x Aᵀ) Bᵀ + bias, [..., out] in the dtype of x: float16 or bfloat16 [..., in], on a GPU.
 
         Deterministic: the same bits in every run, and for a token the same in every batch, as far as torch's products
-        with A and B are; otherwise splits of the inputs are added in the order in which they finish. Raises InputError
-        if `x` or the epilogue does not fit the weight, or no kernel runs there.
+        with A and B are; otherwise splits of the inputs are added in the order in which they finish. `tilings`: what was
+        measured (`choose_launch`). Raises InputError if `x` or the epilogue does not fit the weight, or no kernel runs
+        there.
         """
-        y: Tensor = operator(x, *_parts(weight), [epilogue.bias, epilogue.a, epilogue.b], deterministic)
+        added = [epilogue.bias, epilogue.a, epilogue.b]
+        y: Tensor = operator(x, *_parts(weight), added, deterministic, as_numbers(tilings))
         return y
 
     return matmul
@@ -66,6 +79,16 @@ def dense(family: str, layout: type[Any], module: str) -> Callable[..., Tensor]:
         return values
 
     return dequantize
+
+
+def tiled(module: str) -> Callable[[Any, int], list[Tiling]]:
+    """What is worth timing of the tiles in a module of kernels, as a function of a weight in its layout and tokens."""
+
+    def tilings(weight: Any, tokens: int) -> list[Tiling]:
+        """For so many tokens, the default first."""
+        return candidates(tokens, import_module(module).tiles(weight))
+
+    return tilings
 
 
 def _parts(weight: Any) -> tuple[list[Tensor | None], list[int]]:

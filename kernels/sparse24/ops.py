@@ -3,13 +3,13 @@
 import torch
 
 from compress.kernels.gemm.launch import unavailable
-from compress.kernels.gemm.ops import dense, product
+from compress.kernels.gemm.ops import dense, product, tiled
 from compress.kernels.sparse24.layout import SlicedSparse24Weight
 from compress.kernels.sparse24_weight import Sparse24IntWeight
 from compress.kernels.weights import PackedWeight
 
 _KERNELS = "sparse24", SlicedSparse24Weight, "compress.kernels.sparse24.triton"
-matmul, dequantize = product(*_KERNELS), dense(*_KERNELS)
+matmul, dequantize, tilings = product(*_KERNELS), dense(*_KERNELS), tiled(_KERNELS[-1])
 lay = SlicedSparse24Weight.from_sparse
 
 

@@ -1,12 +1,14 @@
 """Triton kernels over `SlicedSparse24Weight`: kept codes are put in their places in registers, then multiplied densely."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from compress.kernels.gemm.configs import SIZES, KernelConfig
-from compress.kernels.gemm.launch import Epilogue, Launch, check_inputs, default_launch
+from compress.kernels.gemm.launch import Epilogue, Launch, Tiling, check_inputs, choose_launch
 from compress.kernels.gemm.layout import ROWS
 from compress.kernels.gemm.triton import code_offset, code_value, load_apart, multiply, write_tile
 from compress.kernels.sparse24.layout import PLACE_WORDS, SlicedSparse24Weight, block_inputs, field_bits
@@ -148,12 +150,19 @@ def sparse24_dequantize(
         tl.store(y_ptr + at, weight.to(y_ptr.dtype.element_ty), mask=inside)
 
 
+def tiles(weight: SlicedSparse24Weight) -> tuple[Launch, ...]:
+    """What a product may be cut into."""
+    known = TILES[field_bits(weight.bits)]
+    return known if torch.version.hip is None else known[:1]  # 32 tokens spill on gfx1100
+
+
 def matmul(
     x: Tensor,
     weight: SlicedSparse24Weight,
     epilogue: Epilogue = Epilogue(),
     deterministic: bool = False,
     launch: Launch | None = None,
+    tilings: Sequence[Tiling] = (),
 ) -> Tensor:
     """y = x Wᵀ + (x Aᵀ) Bᵀ + bias, [..., out] in the dtype of x [..., in]; see `ops.matmul`."""
     out_features, in_features = weight.shape
@@ -161,9 +170,7 @@ def matmul(
     constants = _constants(weight)
     tokens, blocks = x.numel() // in_features, triton.cdiv(in_features, constants["BLOCK_K"])
     sizes = tokens, out_features, blocks
-    tiles = TILES[field_bits(weight.bits)]
-    tiles = tiles if torch.version.hip is None else tiles[:1]  # 32 tokens spill on gfx1100
-    launch = launch or default_launch(sizes, x.device, deterministic, tiles)
+    launch = launch or choose_launch(sizes, x.device, deterministic, tiles(weight), tilings)
     tensors = (weight.values, weight.places, weight.zero_point, weight.scale)
     constants["EVEN_K"] = in_features % constants["BLOCK_K"] == 0
     return multiply(sparse24_gemm, x, tensors, epilogue, launch, constants)

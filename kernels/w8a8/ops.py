@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compress.kernels.gemm.launch import unavailable
+from compress.kernels.gemm.launch import Tiling, as_numbers, from_numbers, unavailable
+from compress.kernels.gemm.ops import tiled
 from compress.kernels.inputs import InputQuantizer
 from compress.kernels.w8a8.layout import Int8Weight
 from compress.kernels.weights import IntWeight, PackedWeight
@@ -13,6 +14,7 @@ from compress.kernels.weights import IntWeight, PackedWeight
 LONGEST = 2**16  # inputs: sums of 128 * 255 * inputs stay within int32
 
 lay = Int8Weight.from_int
+tilings = tiled("compress.kernels.w8a8.triton")
 
 
 def supports(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -44,15 +46,21 @@ def quantize(x: Tensor, inputs: InputQuantizer) -> tuple[Tensor, Tensor | None]:
 
 
 def matmul(
-    codes: Tensor, token_scale: Tensor | None, weight: Int8Weight, offset: Tensor | None, dtype: torch.dtype
+    codes: Tensor,
+    token_scale: Tensor | None,
+    weight: Int8Weight,
+    offset: Tensor | None,
+    dtype: torch.dtype,
+    tilings: Sequence[Tiling] = (),
 ) -> Tensor:
     """y = token scale * scale * (q (c - z)ᵀ) + offset, [..., out] in `dtype`, of codes q int8 [..., in].
 
     Sums of products are exact in int32, so the same inputs give the same bits in any batch and any run. `token_scale`:
-    float32 [..., 1], None if inputs are static; `offset`: float32 [out], see `offset_of`. Raises InputError if shapes
-    or dtypes do not fit, or no kernel runs there.
+    float32 [..., 1], None if inputs are static; `offset`: float32 [out], see `offset_of`; `tilings`: what was measured
+    (`choose_launch`). Raises InputError if shapes or dtypes do not fit, or no kernel runs there.
     """
-    return torch.ops.compress.w8a8_matmul(codes, token_scale, _tensors(weight), weight.bits, offset, dtype)
+    beside = [token_scale, offset]
+    return torch.ops.compress.w8a8_matmul(codes, _tensors(weight), weight.bits, beside, dtype, as_numbers(tilings))
 
 
 @torch.library.custom_op("compress::w8a8_quantize", mutates_args=())
@@ -72,27 +80,29 @@ def _(x: Tensor, shift: Tensor | None, bits: int, static: bool) -> tuple[Tensor,
 @torch.library.custom_op("compress::w8a8_matmul", mutates_args=())
 def _matmul(
     codes: Tensor,
-    token_scale: Tensor | None,
     weight: Sequence[Tensor | None],
     bits: int,
-    offset: Tensor | None,
+    beside: Sequence[Tensor | None],
     dtype: torch.dtype,
+    tilings: Sequence[int],
 ) -> Tensor:
     from compress.kernels.w8a8.triton import matmul as run
 
     rows, scale, zero_point = weight
     assert rows is not None and scale is not None
-    return run(codes, token_scale, Int8Weight(rows, scale, zero_point, bits), offset, dtype)
+    token_scale, offset = beside
+    laid = Int8Weight(rows, scale, zero_point, bits)
+    return run(codes, token_scale, laid, offset, dtype, tilings=from_numbers(tilings))
 
 
 @_matmul.register_fake
 def _(
     codes: Tensor,
-    token_scale: Tensor | None,
     weight: Sequence[Tensor | None],
     bits: int,
-    offset: Tensor | None,
+    beside: Sequence[Tensor | None],
     dtype: torch.dtype,
+    tilings: Sequence[int],
 ) -> Tensor:
     rows = weight[0]
     assert rows is not None

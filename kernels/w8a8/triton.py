@@ -1,5 +1,7 @@
 """Triton kernels for quantized inputs and `Int8Weight`: codes of the inputs, and the product in int32."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from compress.errors import InputError
 from compress.kernels.gemm.configs import KernelConfig
-from compress.kernels.gemm.launch import Launch, default_launch, unavailable
+from compress.kernels.gemm.launch import TILES, Launch, Tiling, choose_launch, unavailable
 from compress.kernels.inputs import SMALLEST_SCALE, InputQuantizer
 from compress.kernels.w8a8.layout import Int8Weight
 
@@ -152,6 +154,11 @@ def quantize(x: Tensor, inputs: InputQuantizer) -> tuple[Tensor, Tensor | None]:
     return codes.view(x.shape), None if scale is None else scale.view(*x.shape[:-1], 1)
 
 
+def tiles(weight: Int8Weight) -> tuple[Launch, ...]:
+    """What a product may be cut into."""
+    return TILES
+
+
 def matmul(
     codes: Tensor,
     token_scale: Tensor | None,
@@ -159,6 +166,7 @@ def matmul(
     offset: Tensor | None,
     dtype: torch.dtype,
     launch: Launch | None = None,
+    tilings: Sequence[Tiling] = (),
 ) -> Tensor:
     """y = token scale * scale * (q (c - z)ᵀ) + offset, [..., out] in `dtype`; see `ops.matmul`."""
     out_features, in_features = weight.shape
@@ -171,7 +179,8 @@ def matmul(
     tokens, blocks = len(flat), triton.cdiv(in_features, BLOCK_K)
     y = torch.empty(tokens, out_features, dtype=dtype, device=codes.device)
     if tokens:
-        launch = launch or default_launch((tokens, out_features, blocks), codes.device)
+        sizes = tokens, out_features, blocks
+        launch = launch or choose_launch(sizes, codes.device, tiles=tiles(weight), tilings=tilings)
         _multiply(flat, token_scale, weight, offset, y, launch)
     return y.view(*codes.shape[:-1], out_features)
 
@@ -238,6 +247,7 @@ def _config(dtype: str, per_token: bool, symmetric: bool, launch: Launch) -> Ker
 CONFIGS = (
     _config("fp16", False, True, Launch(16, 128, splits=4)),
     _config("fp16", True, False, Launch(16, 128)),
+    _config("fp16", True, True, Launch(32, 128)),
     _config("bf16", True, True, Launch(64, 128)),
     _config("bf16", False, True, Launch(128, 128, num_warps=8, num_stages=3)),
 )

@@ -94,7 +94,7 @@ class PackedNibbles(Implementation):
 
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, in] to [tokens, out]."""
-        y: Tensor = INT4_PRODUCT(x, self.packed, self.group_size, self.scale_and_zero)
+        y = torch._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size, self.scale_and_zero)
         if self.filled:
             y = y[:, : self.out_features]
         lost = None if self.exact else self.lost
@@ -102,9 +102,6 @@ class PackedNibbles(Implementation):
             return y
         sums = x.unflatten(1, (-1, self.whole_group)).sum(-1, dtype=torch.float32)
         return torch.addmm(y.float(), sums, lost).to(x.dtype)
-
-
-INT4_PRODUCT = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 
 
 class Int4Pack(PackedNibbles):
@@ -142,8 +139,7 @@ def row_parts(weight: IntWeight) -> list[IntWeight]:
 def _packed(codes: Tensor) -> Tensor:
     """uint8 [out, in / 2], in the order of this processor's kernel; the last rows are filled up to a multiple of 16."""
     codes = torch.nn.functional.pad(codes.int(), (0, 0, 0, -len(codes) % ROWS), value=MIDDLE)
-    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    return packed
+    return torch._convert_weight_to_int4pack_for_cpu(codes, 1)
 
 
 class DecodedNibbles(Implementation):

@@ -4,12 +4,12 @@ import torch
 
 from compress.kernels.gemm.launch import unavailable
 from compress.kernels.gemm.layout import ROWS
-from compress.kernels.gemm.ops import dense, product
+from compress.kernels.gemm.ops import dense, product, tiled
 from compress.kernels.weights import IntWeight, PackedWeight
 from compress.kernels.wna16.layout import BITS, SlicedWeight, block_inputs
 
 _KERNELS = "wna16", SlicedWeight, "compress.kernels.wna16.triton"
-matmul, dequantize = product(*_KERNELS), dense(*_KERNELS)
+matmul, dequantize, tilings = product(*_KERNELS), dense(*_KERNELS), tiled(_KERNELS[-1])
 lay = SlicedWeight.from_int
 
 

@@ -1,17 +1,20 @@
 """Triton kernels over `SlicedWeight`: a product for few tokens, and the weight as a dense matrix."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from compress.kernels.gemm.configs import SIZES, KernelConfig
-from compress.kernels.gemm.launch import TILES, Epilogue, Launch, check_inputs, default_launch
+from compress.kernels.gemm.launch import Epilogue, Launch, Tiling, check_inputs, choose_launch
 from compress.kernels.gemm.layout import ROWS
 from compress.kernels.gemm.triton import code_offset, code_value, load_apart, multiply, write_tile
 from compress.kernels.wna16.layout import SlicedWeight, block_inputs
 
 LARGEST = Launch(128, 128, num_warps=8, num_stages=2)  # a third stage spills where mma.sync multiplies
+TILES = (Launch(16, 128), Launch(16, 64), Launch(32, 128), Launch(64, 128), LARGEST)
 
 
 @triton.jit
@@ -136,12 +139,18 @@ def wna16_dequantize(
         tl.store(y_ptr + at, weight.to(y_ptr.dtype.element_ty), mask=in_n & (k + r < K)[:, None])
 
 
+def tiles(weight: SlicedWeight) -> tuple[Launch, ...]:
+    """What a product may be cut into; of those for as many tokens the first is the default."""
+    return TILES
+
+
 def matmul(
     x: Tensor,
     weight: SlicedWeight,
     epilogue: Epilogue = Epilogue(),
     deterministic: bool = False,
     launch: Launch | None = None,
+    tilings: Sequence[Tiling] = (),
 ) -> Tensor:
     """y = x Wᵀ + (x Aᵀ) Bᵀ + bias, [..., out] in the dtype of x [..., in]; see `ops.matmul`."""
     out_features, in_features = weight.shape
@@ -149,7 +158,8 @@ def matmul(
     block_k = block_inputs(weight.bits)
     tokens = x.numel() // in_features
     blocks = triton.cdiv(in_features, block_k)
-    launch = launch or default_launch((tokens, out_features, blocks), x.device, deterministic, (*TILES[:3], LARGEST))
+    sizes = tokens, out_features, blocks
+    launch = launch or choose_launch(sizes, x.device, deterministic, tiles(weight), tilings)
     constants = {
         "BITS": weight.bits,
         "GROUP": _group(weight),
@@ -205,6 +215,8 @@ CONFIGS = (
     _config(4, 128, False, "bf16", Launch(16, 128, splits=4)),
     _config(4, 32, True, "fp16", Launch(16, 128, splits=4)),
     _config(4, 0, True, "fp16", Launch(16, 128, splits=4)),
+    _config(4, 128, True, "fp16", Launch(16, 64, splits=4)),
+    _config(4, 128, True, "fp16", Launch(32, 128, splits=4)),
     _config(4, 128, True, "bf16", Launch(64, 128)),
     _config(4, 128, True, "fp16", LARGEST),
     _config(2, 64, False, "fp16", Launch(16, 128, splits=4)),

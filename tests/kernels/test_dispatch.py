@@ -7,11 +7,12 @@ from packed_weights import codebook_weight, int_weight
 
 from compress.errors import InputError
 from compress.kernels import dispatch
-from compress.kernels.dense import Dense
+from compress.kernels.dense import Dense, Reference
 from compress.kernels.dispatch import Preferences, choose, implementations
+from compress.kernels.gemm.launch import TILES, Tiling, candidates
 from compress.kernels.implementation import Case
 from compress.kernels.inputs import InputQuantizer
-from compress.kernels.timings import TOKENS, Timings, measure
+from compress.kernels.timings import TOKENS, Timing, Timings, measure
 
 CPU = torch.device("cpu")
 UNMEASURED = Preferences(measuring=False)
@@ -28,7 +29,8 @@ def case(weight=None, inputs=None):
 
 def times(**milliseconds):
     """By implementation, `_` for `-`: figures for TOKENS."""
-    return {name.replace("_", "-"): dict(zip(TOKENS, figures, strict=False)) for name, figures in milliseconds.items()}
+    timed = {name: [Timing(each) for each in figures] for name, figures in milliseconds.items()}
+    return {name.replace("_", "-"): dict(zip(TOKENS, figures, strict=False)) for name, figures in timed.items()}
 
 
 def test_defaults_where_nothing_is_measured(timings):
@@ -52,6 +54,55 @@ def test_the_measured_crossover_decides(timings):
 def test_one_layout_where_a_second_gains_little(timings):
     timings.add(case(), times(cpu_int4=[1, 2, 3, 4, 10], cpu_decode4=[9, 9, 9, 9, 9.5]))
     assert choose(case(), Preferences(), timings).names == "cpu-int4"
+
+
+class Tiled(Dense):
+    NAME, ROLE, TILED = "tiled", "packed", True
+
+    def candidates(self, tokens):
+        return candidates(tokens, TILES)
+
+
+def slow_by(*wanted):
+    """A clock by which tiles of so many tokens are the fastest, and all else takes ten seconds."""
+
+    def seconds(implementation, inputs):
+        return 1.0 if [each.block_m for each in implementation.tilings] in [[m] for m in wanted] else 10.0
+
+    return seconds
+
+
+def test_the_fastest_tiles_are_kept_and_taken(timings, monkeypatch):
+    found = measure(case(), [Tiled, Dense], slow_by(32, 64))
+    tiles = {tokens: timing.tiling for tokens, timing in found["tiled"].items()}
+    assert tiles == {
+        **{tokens: Tiling.of(tokens, TILES[0]) for tokens in (1, 4, 16)},  # none of what may be is faster: the rule
+        64: Tiling.of(64, TILES[2]),
+        256: Tiling.of(256, TILES[2]),  # half of the rule's
+    }
+    assert all(timing.tiling is None for timing in found["dense"].values())
+    timings.add(case(), found)
+    assert timings.of(case()) == found
+    monkeypatch.setattr(dispatch, "implementations", lambda: {"tiled": Tiled, "reference": Reference})
+    timings.add(case(), found | {"reference": found["dense"]})
+    choice = choose(case(), Preferences(), timings)
+    few, many = choice.made(case())
+    assert (choice.few, many) == (Tiled, None) and list(few.tilings) == [tiles[tokens] for tokens in TOKENS]
+    assert choose(case(), UNMEASURED, Timings(timings.path / "none")).made(case())[0].tilings == ()
+
+
+def test_tiles_are_measured_where_nothing_else_serves(timings, monkeypatch):
+    monkeypatch.setattr(dispatch, "implementations", lambda: {"tiled": Tiled})
+    few, _ = choose(case(), Preferences(), timings).made(case())
+    assert [each.tokens for each in few.tilings] == list(TOKENS)
+
+
+def test_a_little_faster_is_not_enough_for_other_tiles():
+    clock = {4: 1.02, 2: 1.0, 8: 0.98}
+    found = measure(case(), [Tiled], lambda made, _: clock[made.tilings[0].waves])
+    assert {timing.tiling.waves for timing in found["tiled"].values()} == {8}
+    found = measure(case(), [Tiled], lambda made, _: clock[made.tilings[0].waves] + 1)
+    assert {timing.tiling.waves for timing in found["tiled"].values()} == {4}
 
 
 def test_what_decodes_is_measured_to_the_end_however_far_behind_it_begins():

@@ -40,8 +40,10 @@ def test_all_that_serve_are_as_exact_as_the_dtype(name, dtype):
         made = implementations()[kind](case).to(GPU)
         for tokens in TOKENS:
             x = torch.randn(tokens, SHAPE[1], generator=torch.Generator().manual_seed(tokens)).to(dtype)
-            error = excess_error(made(x.to(GPU)).cpu(), linear_rounded(x, weight), linear64(x, weight))
-            assert error <= 1.25, (kind, tokens, error)
+            for tilings in [(), *([each] for each in made.candidates(tokens))]:
+                made.tilings = tilings
+                error = excess_error(made(x.to(GPU)).cpu(), linear_rounded(x, weight), linear64(x, weight))
+                assert error <= 1.25, (kind, tokens, tilings, error)
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -4,7 +4,7 @@ Each may have bits, groups or a layout of its own, as a budget gives them, or be
 becomes one product; the outputs of others are set side by side.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from compress.errors import InputError, RunError
 from compress.kernels.correction import Correction
 from compress.kernels.dispatch import Preferences
 from compress.kernels.inference import CompressedLinear, LayerParts
-from compress.kernels.weights import PackedWeight, stacked_rows
+from compress.kernels.joint import joinable, joined
+from compress.kernels.weights import PackedWeight
 
 WEIGHT = "weight"  # of a dense layer; of a packed one the file has an empty tensor of that name
 QKV = {"q": 0, "k": 1, "v": 2}  # what vLLM calls the shards of a fused attention input; of others, numbers
@@ -84,21 +85,10 @@ class Shards:
 
 
 def together(stored: Sequence[LayerParts | Tensor]) -> Sequence[LayerParts | Tensor]:
-    """One of all, where they are of one kind and share nothing but their input; else as they are."""
-    parts, kinds = [each for each in stored if isinstance(each, LayerParts)], {_kind(each) for each in stored}
-    if len(stored) == 1 or len(kinds) > 1 or None in kinds:
-        return stored
-    return [LayerParts(stacked_rows([each.weight for each in parts]), inputs=parts[0].inputs)]
-
-
-def _kind(stored: LayerParts | Tensor) -> Hashable | None:
-    """What layers must agree in to become one; None: this one stays by itself."""
-    if isinstance(stored, Tensor) or stored.weight.WHOLE or stored.correction is not None:
-        return None
-    weight, inputs = stored.weight, stored.inputs
-    dtypes = tuple(tensor.dtype for tensor in weight.tensors().values())
-    shift = None if inputs is None or inputs.shift is None else tuple(inputs.shift.tolist())
-    return type(weight), dtypes, tuple(weight.description().items()), inputs and (inputs.bits, inputs.static, shift)
+    """One of all, where all are packed and can become one; else as they are."""
+    parts = [each for each in stored if isinstance(each, LayerParts)]
+    kinds = {joinable(each) for each in parts}
+    return stored if len(parts) < len(stored) or len(kinds) > 1 or None in kinds else [joined(parts)]
 
 
 class ServedLinear(nn.Module):

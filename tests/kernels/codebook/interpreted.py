@@ -44,6 +44,15 @@ def test_a_bias_and_a_correction_come_at_the_end():
     assert excess_error(y, linear_rounded(x, weight, epilogue), linear64(x, weight, epilogue)) <= 1.25
 
 
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_all_tiles_that_are_timed_are_right(tokens):
+    weight, x = codebook_weight((70, 2048), 2, 8, 8), inputs(tokens, 2048)
+    laid = SlicedCodebookWeight.from_codebook(weight)
+    for tiling in ops.tilings(laid, tokens):
+        y = ops.matmul(x, laid, tilings=[tiling])
+        assert excess_error(y, linear_rounded(x, weight), linear64(x, weight)) <= 1.25
+
+
 def test_deterministic_outputs_do_not_depend_on_the_batch():
     weight, x = SlicedCodebookWeight.from_codebook(codebook_weight((40, 256), 2, 8, 8)), inputs(20, 256)
     together = matmul(x, weight, launch=Launch(32, 64, splits=2, deterministic=True))

@@ -127,6 +127,17 @@ def test_a_bias_and_a_correction_come_at_the_end(launch):
         assert excess_error(y, linear_rounded(x, weight, epilogue), linear64(x, weight, epilogue)) <= 1.25
 
 
+@pytest.mark.parametrize("tokens", [3, 11])
+def test_all_tiles_that_are_timed_are_right(tokens):
+    weight, x = int_weight((150, 1024), 4, 128, True), inputs(tokens, 1024)
+    with emulated(80):
+        tilings = ops.tilings(laid(weight), tokens)
+        assert len({each.waves for each in tilings}) == 3
+        for tiling in tilings:
+            y = ops.matmul(x, laid(weight), tilings=[tiling])
+            assert excess_error(y, linear_rounded(x, weight), linear64(x, weight)) <= 1.25
+
+
 @pytest.mark.parametrize("make", MAKES)
 def test_deterministic_outputs_do_not_depend_on_the_batch(make):
     weight, x = laid(make((40, 256), 4, 32, False)), inputs(33, 256)

@@ -51,6 +51,15 @@ def test_a_bias_and_a_correction_come_at_the_end():
     assert excess_error(y, linear_rounded(x, weight, epilogue), linear64(x, weight, epilogue)) <= 1.25
 
 
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_all_tiles_that_are_timed_are_right(tokens):
+    weight, x = sparse_weight((70, 2048), 4, 128, True), inputs(tokens, 2048)
+    laid = SlicedSparse24Weight.from_sparse(weight)
+    for tiling in ops.tilings(laid, tokens):
+        y = ops.matmul(x, laid, tilings=[tiling])
+        assert excess_error(y, linear_rounded(x, weight), linear64(x, weight)) <= 1.25
+
+
 def test_deterministic_outputs_do_not_depend_on_the_batch():
     weight, x = SlicedSparse24Weight.from_sparse(sparse_weight((40, 256), 8, 64, True)), inputs(20, 256)
     together = matmul(x, weight, launch=Launch(32, 64, splits=2, deterministic=True))

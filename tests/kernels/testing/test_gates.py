@@ -1,12 +1,17 @@
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="the extra `gpu` is not installed")
 
+from packed_weights import sparse_weight
+
 from compress.errors import InputError
 from compress.kernels.gemm.configs import KernelConfig
+from compress.kernels.gemm.launch import Launch
+from compress.kernels.sparse24.layout import SlicedSparse24Weight
 from compress.kernels.testing import __main__ as command
 from compress.kernels.testing import gates
 from compress.kernels.testing.configs import Subject
@@ -68,6 +73,22 @@ def test_kernels_are_checked_where_they_run():
         assert gates.concerned(subjects[name], 80)
         assert gates.concerned(subjects[name], "gfx942") == on_amd
     assert not gates.concerned(subjects["2:4 w4 g128 bf16 32x64"], "gfx942")  # they get tiles of 16 tokens
+
+
+SPARSE = [SlicedSparse24Weight.from_sparse(sparse_weight((8, 128), bits, 128)) for bits in (2, 4, 8)]
+
+
+@pytest.mark.parametrize(
+    "module", ["wna16.triton", "w8a8.triton", "sparse24.triton", "codebook.triton", "fragments.gluon"]
+)
+def test_all_tiles_that_are_launched_are_compiled(module):
+    family = import_module(f"compress.kernels.{module}")
+    weights = SPARSE if module == "sparse24.triton" else [None]  # the others' tiles are those of any weight
+    compiled = {
+        Launch(config.constexprs["BLOCK_M"], config.constexprs["BLOCK_N"], config.num_warps, config.num_stages)
+        for config in family.CONFIGS
+    }
+    assert {tile for weight in weights for tile in family.tiles(weight)} <= compiled
 
 
 def test_every_row_of_a_table_has_its_width():

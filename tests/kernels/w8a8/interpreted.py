@@ -57,6 +57,17 @@ def test_outputs_do_not_depend_on_the_batch_or_the_splits():
     assert torch.equal(matmul(codes[3:4], scale[3:4], weight, None, HALF, Launch(16, 64, splits=2)), together[3:4])
 
 
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_all_tiles_that_are_timed_give_the_same(tokens):
+    weight, x = Int8Weight.from_int(int_weight((70, 2048), 8, 2048, False)), awkward(tokens, 2048) / 16
+    codes, scale = quantize(x, InputQuantizer(8))
+    expected = matmul(codes, scale, weight, None, HALF)
+    tilings = ops.tilings(weight, tokens)
+    assert len(tilings) >= 3
+    for tiling in tilings:
+        assert torch.equal(ops.matmul(codes, scale, weight, None, HALF, [tiling]), expected)
+
+
 def test_the_largest_sums_stay_within_int32():
     weight = Int8Weight(torch.full((1, 1024), 127, dtype=torch.int8), torch.ones(1).half(), None, 8)
     least = Int8Weight(weight.codes, weight.scale, torch.tensor([-128], dtype=torch.int8), 8)

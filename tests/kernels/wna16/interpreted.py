@@ -84,6 +84,17 @@ def test_deterministic_outputs_do_not_depend_on_the_batch():
         assert torch.equal(matmul(x[first:last], weight, launch=small), together[first:last])
 
 
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_all_tiles_that_are_timed_are_right(tokens):
+    weight, x = int_weight((70, 2048), 4, 128, True), inputs(tokens, 2048)
+    laid = SlicedWeight.from_int(weight)
+    tilings = ops.tilings(laid, tokens)
+    assert len({each.tile for each in tilings}) > 1
+    for tiling in tilings:
+        y = ops.matmul(x, laid, tilings=[tiling])
+        assert excess_error(y, linear_rounded(x, weight), linear64(x, weight)) <= 1.25
+
+
 def test_inputs_may_have_more_dimensions_strides_and_no_tokens():
     weight = SlicedWeight.from_int(int_weight((40, 64), 4, 64, True))
     x = inputs(6, 128)[:, :64]
@@ -131,3 +142,10 @@ def test_operators_tell_compilers_what_they_return():
         fakes = ops.matmul(x, weight, epilogue), ops.dequantize(weight, HALF, transposed=True)
     for fake, real in zip(fakes, (y, dense), strict=True):
         assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+def test_a_compiler_takes_measured_tiles_as_part_of_one_graph():
+    weight, x = SlicedWeight.from_int(int_weight((24, 256), 4, 64, False)), inputs(3, 256)
+    tilings = ops.tilings(weight, 3)
+    compiled = torch.compile(lambda x: ops.matmul(x, weight, tilings=tilings), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), ops.matmul(x, weight, tilings=tilings))
