@@ -12,9 +12,10 @@ MODEL = gemma-3-270m
 CALIB = wikitext2
 TEXT = wikitext2
 OUT = peers
+SECONDS = 60
 
 .DEFAULT_GOAL = help
-.PHONY: help setup demo test gate bench-peers kernel-gates check format docs clean
+.PHONY: help setup demo test fuzz gate bench-peers kernel-gates check format docs clean
 
 help:  ## print the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +46,10 @@ demo: $(VENV)/ready  ## prune Gemma 3 270M to 50 %, quantize it to 4 bits, measu
 test: $(VENV)/ready  ## run all tests
 	$(BIN)/pytest
 
+fuzz: $(VENV)/ready  ## damaged and hostile files through all readers; SECONDS of computing for each of TARGETS, by default all
+	$(BIN)/pip install -q -e ".[fuzz]" || echo "atheris does not install here: inputs are random"
+	$(BIN)/python tests/fuzz --seconds $(SECONDS) $(TARGETS)
+
 gate: $(VENV)/ready  ## hold our methods to the figures in gates/; FLAGS="--record ..." keeps new ones (EVALUATION.md)
 	$(BIN)/compress gate gates/*.toml $(FLAGS)
 
@@ -56,7 +61,8 @@ kernel-gates: $(VENV)/ready  ## check all kernels for sm_80 and sm_90 without a 
 
 check: $(VENV)/ready  ## lint, types, and whether generated pages are up to date
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/pip install -q --no-deps --upgrade --target .build/types . && MYPYPATH=.build/types $(BIN)/mypy -p compress
+	$(BIN)/pip install -q --no-deps --upgrade --target .build/types .
+	MYPYPATH=.build/types:kernels/vllm $(BIN)/mypy -p compress -p compress_vllm
 	$(BIN)/python -m compress.docs --check
 
 format: $(VENV)/ready  ## format the source

@@ -14,6 +14,7 @@ mean of T_j of them, and its square falls as 1/T_j.
 import math
 import os
 from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from compress.calib.hidden import reserve
 from compress.calib.layers import PRODUCTS, Layer
 from compress.calib.model import Model
+from compress.calib.ranks import ALONE, Ranks
 from compress.errors import RunError
 
 FIELDS = frozenset({"grad_sq", "grad_abs"})
@@ -35,23 +37,42 @@ LayerGradients = dict[str, dict[str, Tensor]]  # layer name -> field -> [out, in
 Record = tuple[Tensor, ...]
 
 
+@dataclass(frozen=True)
+class Span:
+    """The blocks of one pass."""
+
+    blocks: range
+    stored: Container[int] = ()  # those whose gradients an earlier pass kept
+
+
 class GradientPass:
-    """One pass over the model from block `span.start` to the head and back; blocks of `span` get weight gradients.
+    """One pass over the model from the first block of `span` to the head and back; blocks of `span` get weight gradients.
 
     `tokens`: [nsamples, seqlen] int64. `fields`: which of FIELDS. `folder` holds the hidden gradient that enters the
     next block, so that another pass with the same arguments goes on after a kill; it holds the blocks' inputs too, in a
-    file without a name that goes with the process. `stored`: blocks whose gradients an earlier pass kept.
+    file without a name that goes with the process.
+
+    With other `ranks`, `tokens` are this one's share of the sequences, `folder` is its own, and so are the layers whose
+    gradients it is left with.
     """
 
     def __init__(
-        self, model: Model, tokens: Tensor, fields: frozenset[str], span: range, folder: Path, stored: Container[int]
+        self,
+        model: Model,
+        tokens: Tensor,
+        fields: frozenset[str],
+        span: Span,
+        folder: Path,
+        ranks: Ranks = ALONE,
     ):
-        self.model, self.tokens, self.fields, self.span, self.folder = model, tokens, fields, span, folder
+        self.model, self.tokens, self.fields, self.span, self.folder = model, tokens, fields, span.blocks, folder
+        self.ranks, self.nsamples = ranks, sum(ranks.gather(len(tokens)))
         folder.mkdir(parents=True, exist_ok=True)
         reached = sorted(int(file.stem) for file in folder.glob("*.gradient"))
-        whole = (b for b in reached if all(i in stored for i in range(b, span.stop)))
-        self._next = next(whole, model.n_blocks)  # its input's gradient is known: from the head, or from before a kill
-        self._known = self._next < model.n_blocks or (folder / self._name(model.n_blocks)).exists()
+        whole = (b for b in reached if all(i in span.stored for i in range(b, self.span.stop)))
+        own_next = next(whole, model.n_blocks)  # its input's gradient is known: from the head, or from before a kill
+        self._next = max(ranks.gather(own_next))
+        self._known = all(ranks.gather((folder / self._name(self._next)).exists()))
 
     @property
     def steps(self) -> int:
@@ -122,20 +143,22 @@ class GradientPass:
         after = Records(self.folder / self._name(index + 1), like, n, fresh=False)
         before = Records(self.folder / self._name(index), like, n)
         with self.model.loaded(index) as block:
-            sums = _Sums(block.layers if index in self.span else [], self.fields)
-            for j in range(n):
-                hidden = inputs[(index - self.span.start) * n + j][0].requires_grad_()
-                gradient, exponent = after[j]
-                sums.scale = 2.0 ** exponent.item() / math.sqrt(self.tokens.shape[1] - 1)
-                with sums, torch.enable_grad():
-                    block.forward(hidden).backward(gradient)
-                assert hidden.grad is not None
-                before[j] = _normalized(hidden.grad, int(exponent.item()))
+            sums = _Sums(block.layers if index in self.span else [], self.fields, self.ranks)
+            for j, turn in self.ranks.turns(self.nsamples):
+                if j is not None:
+                    hidden = inputs[(index - self.span.start) * n + j][0].requires_grad_()
+                    gradient, exponent = after[j]
+                    sums.scale = 2.0 ** exponent.item() / math.sqrt(self.tokens.shape[1] - 1)
+                    with sums, torch.enable_grad():
+                        block.forward(hidden).backward(gradient)
+                    assert hidden.grad is not None
+                    before[j] = _normalized(hidden.grad, int(exponent.item()))
+                sums.deliver([rank for rank, _ in turn])
             sums.release()
         before.finish()
         after.close()
         if index in self.span:
-            keep(index, sums.finish(n))
+            keep(index, sums.finish(self.nsamples))
         after.file.unlink()
 
 
@@ -179,19 +202,23 @@ class _Sums(TorchFunctionMode):
 
     As a context it lets autograd see the layers: modules by their parameter, an expert's slice of a 3-D parameter by a
     leaf of its own that stands in where the slice is multiplied with, so that experts no token reaches cost nothing.
+    Other ranks' gradients of this one's layers come with `deliver`, after each turn of sequences.
     """
 
-    def __init__(self, layers: list[Layer], fields: frozenset[str]):
+    def __init__(self, layers: list[Layer], fields: frozenset[str], ranks: Ranks):
         super().__init__()
-        self.layers = layers
         self.scale = 0.0  # what the next gradients are multiplied with
-        self.sums = {layer.name: {field: _zeros(layer) for field in sorted(fields)} for layer in layers}
+        self.ranks = ranks
+        self.owners = ranks.owners({layer.name: layer.stored.numel() for layer in layers})
+        self.layers = [layer for layer in layers if self.owners.has(layer.name)]
+        self.sums = {layer.name: {field: _zeros(layer) for field in sorted(fields)} for layer in self.layers}
+        self._parcels: list[dict[str, Tensor]] = [{} for _ in range(ranks.count)]
         self._experts: dict[int, Tensor] = {}  # by address
         self._hooks = []
         for layer in layers:
             leaf = layer.stored if layer.index is None else layer.stored.detach()
             leaf.requires_grad_()
-            self._hooks.append(leaf.register_post_accumulate_grad_hook(lambda w, name=layer.name: self._add(name, w)))
+            self._hooks.append(leaf.register_post_accumulate_grad_hook(lambda w, name=layer.name: self._see(name, w)))
             if layer.index is not None:
                 self._experts[leaf.data_ptr()] = leaf
 
@@ -202,17 +229,33 @@ class _Sums(TorchFunctionMode):
                 args = (args[0], leaf, *args[2:])
         return func(*args, **(kwargs or {}))
 
-    def _add(self, name: str, weight: Tensor) -> None:
+    def _see(self, name: str, weight: Tensor) -> None:
         gradient, weight.grad = weight.grad, None
         assert gradient is not None
+        if self.ranks.alone:
+            self._add(name, gradient, self.scale)
+        else:
+            self._parcels[self.owners.of[name]][name] = gradient
+
+    def deliver(self, turn: list[int]) -> None:
+        """Add what the ranks of a turn have of this one's layers, in their order."""
+        if self.ranks.alone:
+            return
+        scales, arrived = self.ranks.gather(self.scale), self.ranks.exchange(self._parcels)
+        self._parcels = [{} for _ in range(self.ranks.count)]
+        for rank in turn:
+            for name in arrived[rank]:
+                self._add(name, arrived[rank][name], scales[rank])
+
+    def _add(self, name: str, gradient: Tensor, scale: float) -> None:
         rows = max(1, WEIGHTS_AT_ONCE // gradient.shape[1])
         for start in range(0, len(gradient), rows):
             part = gradient[start : start + rows].float()
             for field, total in self.sums[name].items():
                 if field == "grad_sq":
-                    total[start : start + rows].addcmul_(part, part, value=self.scale**2)
+                    total[start : start + rows].addcmul_(part, part, value=scale**2)
                 else:
-                    total[start : start + rows].add_(part.abs(), alpha=self.scale)
+                    total[start : start + rows].add_(part.abs(), alpha=scale)
 
     def release(self) -> None:
         """Let go of the weights."""

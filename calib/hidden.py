@@ -1,7 +1,9 @@
 """Hidden states of all calibration sequences between two blocks."""
 
 import os
+import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -53,17 +55,32 @@ class HiddenStates:
         del self._store
 
 
+@dataclass(frozen=True)
+class Sequences:
+    """The hidden states of all calibration sequences between two blocks, [1, seqlen, hidden_size] each."""
+
+    hidden: HiddenStates | list[Tensor]  # in the model as compressed so far
+    dense: HiddenStates | None = None  # in the model as it came; None: no layer makes up for the difference
+
+    def close(self) -> None:
+        """Drop them and their files."""
+        for each in (self.hidden, self.dense):
+            if isinstance(each, HiddenStates):
+                each.close()
+
+
 def reserve(file: Path, size: int) -> None:
     """Make a file of `size` bytes that the disk has: a full disk would end the process where a mapping is written.
 
     Raises RunError if there is no room.
     """
-    with file.open("wb") as opened:
-        try:
+    try:
+        with file.open("wb") as opened:
             os.posix_fallocate(opened.fileno(), 0, size)
-        except OSError as error:
-            file.unlink()
-            raise RunError(
-                f"{file} needs {size / 2**30:.1f} GiB for hidden states ({error.strerror}): free some space, or use "
-                "fewer --nsamples; everything finished is kept"
-            ) from error
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        free = shutil.disk_usage(file.parent).free
+        raise RunError(
+            f"{file} takes {size / 2**20:.1f} MiB for hidden states, and {free / 2**20:.1f} MiB are free ({error.strerror}): "
+            "free some space, or use fewer --nsamples; everything finished is kept"
+        ) from error

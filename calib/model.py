@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from compress.calib.layers import Layer, linear_layers
-from compress.calib.skeleton import first_line, load_config, quiet, skeleton
+from compress.calib.skeleton import load_config, load_tokenizer, quiet, skeleton
 from compress.calib.weight_files import WeightFiles
 from compress.errors import InputError
 from compress.kernels.inputs import InputQuantizer
@@ -109,7 +109,7 @@ class Model:
         self.dtype: torch.dtype = dtype or self.config.dtype or next(stored, torch.float32)
         if self.dtype not in DTYPES.values():
             raise InputError(f"config.json of {folder} says dtype {self.dtype}: set bfloat16, float16 or float32")
-        self.lm = skeleton(self.config, self.dtype)
+        self.lm = skeleton(self.config, self.dtype, len(files.entries))
         lists = [(n, m) for n, m in self.lm.base_model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
         if not lists:
             raise InputError(f"{self.config.model_type}: found no list of transformer blocks in this architecture")
@@ -141,15 +141,17 @@ class Model:
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         ignored = self.lm._keys_to_ignore_on_load_unexpected or ()
         keys: dict[int, list[str]] = {index: [] for index in range(-1, self.n_blocks)}
+        numbers = {str(index): index for index in range(self.n_blocks)}
         for key in self.files.names():
             name, _ = rename_source_key(key, renamings, converters, self.lm.base_model_prefix, self._meta)
             if name not in self._meta and key in self._meta:
                 name = key
-            number = name.removeprefix(self.path + ".").partition(".")[0] if name.startswith(self.path + ".") else "-1"
+            inside = name.startswith(self.path + ".")
+            index = numbers.get(name.removeprefix(self.path + ".").partition(".")[0]) if inside else -1
             if name not in self._meta and not any(re.search(pattern, name) for pattern in ignored):
                 self.unused.append(key)  # such as a block for predicting several tokens at once
-            if int(number) < self.n_blocks:
-                keys[int(number)].append(key)
+            if index is not None:
+                keys[index].append(key)
             if (quantizer := self.files.input_quantizer(key)) is not None:
                 self.input_quantizers[name] = quantizer
         if empty := [index for index in range(self.n_blocks) if not keys[index]]:
@@ -170,7 +172,7 @@ class Model:
         self.lm.requires_grad_(False)
         if info.mismatched_keys:
             name, found, wanted = sorted(info.mismatched_keys)[0]
-            raise InputError(f"{name} is {list(found)} in {self.folder} but config.json says {list(wanted)}")
+            raise InputError(f"{name} is {list(found)} in {self.folder} but config.json says {list(wanted)}: restore it")
         if info.conversion_errors:
             raise InputError(f"{self.folder}: {next(iter(info.conversion_errors.values()))}")
         return set(info.missing_keys)
@@ -239,12 +241,7 @@ class Model:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The folder's tokenizer, loaded anew: one of 262,144 words takes as much memory as many a block, so none is kept."""
-        try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder)
-        except Exception as error:  # a damaged file meets whatever the tokenizer's class does with it first
-            reason = f"its tokenizer does not load ({first_line(error)})"
-            raise InputError(f"{self.folder}: {reason}: restore it") from error
-        return tokenizer
+        return load_tokenizer(self.folder)
 
     def linear_names(self) -> list[str]:
         """Names of all nn.Linear modules of the model, in and outside the blocks."""

@@ -1,19 +1,21 @@
 """Watch the inputs of the linear layers of one block while calibration sequences run through it."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from compress.calib.hidden import HiddenStates
+from compress.calib.allocator import return_freed
+from compress.calib.hidden import Sequences
 from compress.calib.layers import PRODUCTS, Layer
 from compress.calib.model import Block
+from compress.calib.products import Products, dealt
+from compress.calib.ranks import NOBODY_ELSE, Owners, Ranks
 from compress.calib.stats import LayerStats
 
-PANEL = 512  # rows of xᵀx computed at a time
 TOKENS_AT_ONCE = 2048  # whose products are made together
 SAMPLE_TOKENS = 512  # inputs kept of all calibration tokens, to measure output errors with
 
@@ -52,48 +54,132 @@ def stages(block: Block, shared: dict[str, str]) -> list[list[Layer]]:
 def observe(
     block: Block,
     layers: Iterable[Layer],
-    hidden: Sequence[Tensor] | HiddenStates,
+    sequences: Sequences,
     needs: frozenset[str],
     shared: dict[str, str],
-    dense: HiddenStates | None = None,
+    owners: Owners = NOBODY_ELSE,
 ) -> dict[str, LayerStats]:
     """Statistics of each layer's input over all sequences; layers that read the same tensor get the same object.
 
-    `hidden`: sequences [1, tokens, hidden_size] that enter the block. `needs` names fields of LayerStats
-    (`x_sum`, `x_sq`, `x_min`, `x_max`, `hessian`). Products are made in float32 for a few whole sequences at a time and
-    summed in float64, so the sums do not depend on how such bunches of sequences are dealt out.
+    `sequences`: what enters the block. `needs` names fields of LayerStats (`x_sum`, `x_sq`, `x_min`, `x_max`,
+    `hessian`). Products are made in float32 for a few whole sequences at a time and summed in float64, so the sums do
+    not depend on how such bunches of sequences are dealt out.
 
-    `dense`: what enters the block in the dense model; then statistics have `drift` and `drift_sum` as well, and `dense`
-    is what leaves the block afterwards. The block must be as it came. Experts, which may get other tokens in the dense
-    model, have none.
+    With sequences in the dense model, statistics have `drift` and `drift_sum` as well, and those sequences are what
+    leaves the block afterwards. The block must be as it came. Experts, which may get other tokens in the dense model,
+    have none.
+
+    `owners`: whose each distinct input is, by the first layer that reads it. Each rank sends its own sequences through
+    the block, makes its share of the products, and is left with the statistics of its own inputs over all sequences.
     """
     layers = [layer for layer in layers if layer.index is not None or shared[layer.name] == layer.name]
-    take = -(-SAMPLE_TOKENS // len(hidden))
-    sums = {layer.name: _Sums(needs, take) for layer in layers}
-    before: dict[str, Tensor] = {}
-    modules = [layer for layer in layers if layer.index is None]
-    together = max(1, TOKENS_AT_ONCE // hidden[0].shape[1])
-    calls: list[str] = []  # in the first sequence
-
-    def see(layer: Layer, x: Tensor) -> None:
-        sums[layer.name].add(x, before.pop(layer.name, None))
-        if index == 0:
-            calls.append(layer.name)
-        elif layer.name == last:
-            raise _SeenAll
-
-    for index, sequence in enumerate(hidden):
-        last = calls[-1] if calls and calls.count(calls[-1]) == 1 and len(modules) == len(layers) else None
-        if dense is not None:
-            with _Watch(modules, lambda layer, y: before.update({layer.name: y.clone()})):  # `dense` is overwritten
-                dense[index] = block(dense[index])
-        with contextlib.suppress(_SeenAll), _Watch(layers, see):
-            block(sequence)
-        if (index + 1) % together == 0 or index + 1 == len(hidden):
-            for each in sums.values():
-                each.multiply()
-    seen = {layer.name: sums.pop(layer.name).finish(layer) for layer in layers}
+    nsamples = sum(owners.ranks.gather(len(sequences.hidden)))
+    summing = _Summing(layers, needs, -(-SAMPLE_TOKENS // nsamples), owners, drift=sequences.dense is not None)
+    sums, together = summing.sums, max(1, TOKENS_AT_ONCE // sequences.hidden[0].shape[1])
+    mail = _Mail(owners.ranks, summing.readers, sums)
+    passing = _Passing(block, layers, sequences, mail.put)
+    for place, turn in owners.ranks.turns(nsamples):
+        if place is not None:
+            passing.send(place)
+        for index in mail.deliver(turn):
+            if (index + 1) % together == 0 or index + 1 == nsamples:
+                for each in sums.values():
+                    each.multiply()
+    summing.collect()
+    seen = {layer.name: sums.pop(layer.name).finish(layer) for layer in layers if owners.has(layer.name)}
+    return_freed()
     return seen | {name: seen[first] for name, first in shared.items() if first in seen}
+
+
+class _Passing:
+    """Sequences on their way through a block whose layers are watched.
+
+    `see(layer, input, input in the dense model)` is called for each use of a layer, in their order.
+    """
+
+    def __init__(
+        self, block: Block, layers: list[Layer], sequences: Sequences, see: Callable[[str, Tensor, Tensor | None], None]
+    ):
+        self.block, self.layers, self.sequences, self.see = block, layers, sequences, see
+        self.modules = [layer for layer in layers if layer.index is None]
+        self.dense: dict[str, Tensor] = {}
+        self.calls: list[str] = []  # in the first sequence
+
+    def send(self, index: int) -> None:
+        """Take a sequence as far as the last layer that is watched, and through the block in the dense model."""
+        calls, dense = self.calls, self.sequences.dense
+        last = calls[-1] if calls and calls.count(calls[-1]) == 1 and len(self.modules) == len(self.layers) else None
+
+        def see(layer: Layer, x: Tensor) -> None:
+            self.see(layer.name, x, self.dense.pop(layer.name, None))
+            if index == 0:
+                calls.append(layer.name)
+            elif layer.name == last:
+                raise _SeenAll
+
+        if dense is not None:
+            with _Watch(self.modules, lambda layer, y: self.dense.update({layer.name: y.clone()})):  # is overwritten
+                dense[index] = self.block(dense[index])
+        with contextlib.suppress(_SeenAll), _Watch(self.layers, see):
+            self.block(self.sequences.hidden[index])
+
+
+class _Summing:
+    """Who sums what: an input's owner its vectors and its sample, all ranks a share of the panels of all products."""
+
+    def __init__(self, layers: list[Layer], needs: frozenset[str], take: int, owners: Owners, drift: bool):
+        self.owners, number, products = owners, owners.ranks.number, frozenset({"hessian"})
+        widths = {layer.name: layer.shape[1] for layer in layers} if products <= needs else {}
+        makers = dealt(widths, owners.ranks.count, drift)
+        self.readers = {layer.name: {owners.of.get(layer.name, 0), *makers.get(layer.name, ())} for layer in layers}
+        self.sums: dict[str, _Sums] = {}
+        for name in (layer.name for layer in layers if number in self.readers[layer.name]):
+            places = {place for place, rank in enumerate(makers.get(name, ())) if rank == number}
+            self.sums[name] = _Sums(needs if owners.has(name) else products, take, places)
+
+    def collect(self) -> None:
+        """Give the owner of each input the panels that others have made."""
+        parcels: list[dict[str, Tensor]] = [{} for _ in range(self.owners.ranks.count)]
+        for name in [name for name in self.sums if not self.owners.has(name)]:
+            made = self.sums.pop(name).products.made()
+            parcels[self.owners.of[name]] |= {f"{name} {key}": panel for key, panel in made.items()}
+        for theirs in self.owners.ranks.exchange(parcels):
+            for key, panel in theirs.items():
+                name, _, place = key.partition(" ")
+                self.sums[name].products.receive({place: panel})
+
+
+class _Mail:
+    """Inputs on their way from the ranks that have seen them to those that sum them."""
+
+    def __init__(self, ranks: Ranks, readers: dict[str, set[int]], sums: "dict[str, _Sums]"):
+        self.ranks, self.readers, self.sums = ranks, readers, sums
+        self._empty()
+
+    def _empty(self) -> None:
+        self.parcels: list[dict[str, Tensor]] = [{} for _ in range(self.ranks.count)]
+
+    def put(self, name: str, x: Tensor, dense: Tensor | None) -> None:
+        """One input, and what it is in the dense model; without other ranks it goes into its sums at once."""
+        if self.ranks.alone:
+            self.sums[name].add(x, dense)
+            return
+        for reader in self.readers[name]:
+            parcel = self.parcels[reader]
+            key = f"{len(parcel)} {name}"
+            parcel[key] = x
+            if dense is not None:
+                parcel[f"dense {key}"] = dense
+
+    def deliver(self, turn: list[tuple[int, int]]) -> Iterator[int]:
+        """The sequences of a turn, each when what all ranks have seen of it is in the sums."""
+        arrived = self.ranks.exchange(self.parcels)
+        self._empty()
+        for rank, index in turn:
+            for key, x in arrived[rank].items():
+                if not key.startswith("dense "):
+                    self.sums[key.split(" ")[1]].add(x, arrived[rank].get(f"dense {key}"))
+            yield index
 
 
 @contextlib.contextmanager
@@ -114,16 +200,14 @@ def saturation(block: Block) -> Iterator[dict[str, list[int]]]:
 class _Sums:
     """Running sums over sequences of one input."""
 
-    def __init__(self, needs: frozenset[str], take: int):
+    def __init__(self, needs: frozenset[str], take: int, places: set[int]):
         self.needs, self.take = needs, take
         self.n_tokens = 0
         self.x_sum: Tensor | None = None
         self.x_sq: Tensor | None = None
         self.x_min: Tensor | None = None
         self.x_max: Tensor | None = None
-        self.hessian: Tensor | None = None
-        self.drift: Tensor | None = None
-        self.drift_sum: Tensor | None = None
+        self.products = Products(places)
         self.sample: list[Tensor] = []
         self.waiting: list[tuple[Tensor, Tensor | None]] = []  # inputs whose products are still to be made
 
@@ -156,25 +240,8 @@ class _Sums:
             return
         x = torch.cat([each for each, _ in self.waiting])
         dense = [each for _, each in self.waiting if each is not None]
-        dtype, x = x.dtype, x.float()
         self.waiting = []
-        if self.hessian is None:
-            self.hessian = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
-        with products_of(dtype):
-            for start in range(0, x.shape[1], PANEL):  # xᵀx is symmetric: panels up to the diagonal are enough
-                stop = min(start + PANEL, x.shape[1])
-                self.hessian[start:stop, :stop] += x[:, start:stop].T @ x[:, :stop]
-            if dense:
-                self._add_drift(torch.cat(dense).float(), x)
-
-    def _add_drift(self, dense: Tensor, x: Tensor) -> None:
-        """`drift` is the sum of y xᵀ until `finish` takes the Hessian off it: y is exact in the model's dtype, y - x not."""
-        product, moved = dense.T @ x, (dense - x).sum(0)
-        if self.drift is None or self.drift_sum is None:
-            self.drift, self.drift_sum = product.double(), moved.double()
-        else:
-            self.drift.add_(product)
-            self.drift_sum.add_(moved)
+        self.products.add(x, torch.cat(dense) if dense else None)
 
     def finish(self, layer: Layer) -> LayerStats:
         """What was seen of the layer's input. Uses the sums up."""
@@ -188,9 +255,7 @@ class _Sums:
                 x_max=noise.diagonal().clone() if "x_max" in self.needs else None,
                 hessian=noise if "hessian" in self.needs else None,
             )
-        hessian = None if self.hessian is None else _mirrored(self.hessian)
-        if self.drift is not None and hessian is not None:
-            self.drift.sub_(hessian)
+        hessian, drift, drift_sum = self.products.finish()
         return LayerStats(
             n_tokens=self.n_tokens,
             x_sum=None if self.x_sum is None else self.x_sum.float(),
@@ -198,34 +263,10 @@ class _Sums:
             x_min=self.x_min,
             x_max=self.x_max,
             hessian=hessian,
-            drift=None if self.drift is None else self.drift.float(),
-            drift_sum=None if self.drift_sum is None else self.drift_sum.float(),
+            drift=drift,
+            drift_sum=drift_sum,
             sample=torch.cat(self.sample),
         )
-
-
-@contextlib.contextmanager
-def products_of(dtype: torch.dtype) -> Iterator[None]:
-    """While open, float32 matrices that hold values of `dtype` are multiplied by the units for bfloat16 (CPU) or tf32.
-
-    Where those hold the values, products are exact and summed in float32, as before, and several times as fast.
-    """
-    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]  # made at run time
-    before = cpu.fp32_precision, cuda.fp32_precision
-    try:
-        if dtype == torch.bfloat16:
-            cpu.fp32_precision = "bf16"
-        if dtype in (torch.bfloat16, torch.float16):
-            cuda.fp32_precision = "tf32"
-        yield
-    finally:
-        cpu.fp32_precision, cuda.fp32_precision = before
-
-
-def _mirrored(lower: Tensor) -> Tensor:
-    """A symmetric float32 matrix from its lower panels in float64, which it uses up."""
-    whole = lower.tril_().float()
-    return whole.add_(whole.tril(-1).T)
 
 
 class _SeenAll(Exception):

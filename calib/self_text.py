@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from compress.calib.data import bos_token_id
-from compress.calib.skeleton import quiet
+from compress.calib.skeleton import load_config, quiet
 from compress.calib.weight_files import WeightFiles
 from compress.errors import InputError, RunError
 
@@ -44,7 +44,9 @@ def self_generated_windows(
         )
     length = seqlen - (bos is not None)
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=load_config(folder), dtype="auto", use_safetensors=True, local_files_only=True
+        ).eval()
     stops = model.generation_config.eos_token_id
     model.generation_config = GenerationConfig()  # the folder's own may ask for top_k or another temperature
     settings = GenerationConfig(

@@ -1,5 +1,7 @@
 """What calibration saw of one layer's input."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,6 +11,7 @@ from torch import Tensor
 from compress.errors import RunError
 
 PANEL = 256  # columns of a Hessian that are multiplied together where half of it is enough
+WEIGHTS_AT_ONCE = 2**22  # of a layer that makes up for drift
 
 
 @dataclass(frozen=True)
@@ -134,8 +137,11 @@ def make_up(stats: LayerStats, weight: Tensor, share: float, damping: float = 0.
         return weight
     order = falling(stats)  # as GPTQ takes it, so that one factor serves both
     factor, _ = inverse_factor(stats, damping, order)
-    product = (weight @ stats.drift)[:, order]
-    return weight.index_add(1, order, (product @ factor.T) @ factor, alpha=share)
+    made_up = weight.clone()
+    for rows in made_up.split(max(1, WEIGHTS_AT_ONCE // weight.shape[1])):
+        product = (rows @ stats.drift)[:, order]
+        rows.index_add_(1, order, (product @ factor.T) @ factor, alpha=share)
+    return made_up
 
 
 def falling(stats: LayerStats) -> Tensor:
@@ -154,18 +160,20 @@ def _energy(weight: Tensor, hessian: Tensor) -> float:
     return total
 
 
-def damped_hessian(stats: LayerStats, damping: float) -> Tensor:
-    """The Hessian with `damping` times its mean diagonal added to its diagonal, and more for inputs that were always zero.
+@contextlib.contextmanager
+def damped(stats: LayerStats, damping: float) -> Iterator[Tensor]:
+    """The Hessian, while open with `damping` times its mean diagonal added to its diagonal, and more for inputs always zero.
 
-    [in, in], with a positive diagonal. Layers that share statistics share it.
+    [in, in], with a positive diagonal. It is not copied, as few things in memory are as large.
     """
     assert stats.hessian is not None  # the method's NEEDS asks for it
-    key = ("damped", damping)
-    if key not in stats.factors:
-        damped = stats.hessian.clone()
-        _damp(damped.diagonal(), stats.hessian.diagonal(), damping)
-        stats.factors[key] = damped
-    return stats.factors[key]
+    diagonal = stats.hessian.diagonal()
+    before = diagonal.clone()
+    try:
+        _damp(diagonal, before, damping)
+        yield stats.hessian
+    finally:
+        diagonal.copy_(before)
 
 
 def _damp(diagonal: Tensor, before: Tensor, damping: float) -> None:
@@ -198,17 +206,19 @@ def _factorize(hessian: Tensor, damping: float, order: Tensor | None) -> tuple[T
     while damping <= 1.0:
         # H = R Rᵀ with R upper comes from a Cholesky factor of H taken backwards; then H⁻¹ = R⁻ᵀ R⁻¹ and U = R⁻¹. Half
         # the work of inverting H and factorizing again, and nothing but H has to be positive definite.
-        damped = hessian[backwards][:, backwards]
-        _damp(damped.diagonal(), diagonal[backwards], damping)
-        inverse = _inverse_cholesky(damped)
-        if inverse is not None and torch.isfinite(inverse).all():
-            return inverse.flip(0, 1), damping
+        factor = torch.empty_like(hessian)
+        for rows, which in zip(factor.split(PANEL), backwards.split(PANEL), strict=True):
+            rows.copy_(hessian[which][:, backwards])
+        _damp(factor.diagonal(), diagonal[backwards], damping)
+        if _invert_cholesky(factor) and all(torch.isfinite(end) for end in factor.aminmax()):
+            _reverse(factor)
+            return factor, damping
         damping *= 10
     raise RunError("a layer's Hessian is not positive definite even with full damping: use more calibration samples")
 
 
-def _inverse_cholesky(matrix: Tensor) -> Tensor | None:
-    """The inverse of the lower Cholesky factor of a symmetric `matrix`, which is used up; None: not positive definite.
+def _invert_cholesky(matrix: Tensor) -> bool:
+    """Put the inverse of its lower Cholesky factor in place of a symmetric `matrix`; False: not positive definite.
 
     Panel by panel, so that nearly all of it is matrix products: twice as fast on a CPU as LAPACK's two routines.
     """
@@ -218,12 +228,21 @@ def _inverse_cholesky(matrix: Tensor) -> Tensor | None:
         matrix[own.start :, own].addmm_(matrix[own.start :, before], matrix[own, before].T, alpha=-1)
         lower, failed = torch.linalg.cholesky_ex(matrix[own, own])
         if failed:
-            return None
+            return False
         matrix[own, own] = lower
         matrix[after, own] = torch.linalg.solve_triangular(lower, matrix[after, own].T, upper=False).T
-    inverse = torch.zeros_like(matrix)
+    matrix.tril_()
     for own in panels:
         before, unit = slice(0, own.start), torch.eye(own.stop - own.start, dtype=matrix.dtype, device=matrix.device)
-        inverse[own, own] = torch.linalg.solve_triangular(matrix[own, own], unit, upper=False)
-        inverse[own, before] = inverse[own, own] @ (matrix[own, before] @ inverse[before, before]).neg_()
-    return inverse
+        matrix[own, own] = torch.linalg.solve_triangular(matrix[own, own], unit, upper=False)
+        matrix[own, before] = matrix[own, own] @ (matrix[own, before] @ matrix[before, before]).neg_()
+    return True
+
+
+def _reverse(matrix: Tensor) -> None:
+    """Turn rows and columns of a contiguous square matrix around, in place."""
+    flat, at_once = matrix.view(-1), PANEL * len(matrix)
+    for start in range(0, len(flat) // 2, at_once):
+        stop = min(start + at_once, len(flat) // 2)
+        low, high = slice(start, stop), slice(len(flat) - stop, len(flat) - start)
+        flat[low], flat[high] = flat[high].flip(0), flat[low].flip(0)

@@ -118,7 +118,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"line {number} of {path} is not JSON ({error}): mend or remove it") from error
             if not isinstance(row, dict):
                 raise InputError(f'line {number} of {path} is no JSON object: write {{"text": ...}}')
@@ -134,7 +134,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         with ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1000):
                 yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path} is not a whole parquet file ({error}): download it again") from error
 
 

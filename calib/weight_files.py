@@ -1,6 +1,7 @@
 """The tensors of a model folder, read one at a time."""
 
-import json
+import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from compress.calib.model_files import MEND, check_file, read_object
 from compress.errors import InputError, RunError
 from compress.kernels.inputs import InputQuantizer
 
-DTYPES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4}
-DTYPES |= {"F64": 8, "I64": 8, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}  # bytes an element
+INDEX = "model.safetensors.index.json"
+SUB_BYTE = ("F4", "F6")  # which torch has no tensors of
+BITS = re.compile(r"[A-Z]+(\d+)")  # an element's, from the dtype's name: F8_E4M3 has 8
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,8 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        size = DTYPES[self.dtype]
-        for length in self.shape:
-            size *= length
-        return size
+        found = BITS.match(self.dtype)
+        return math.prod(self.shape) * (8 if found is None else int(found[1])) // 8  # BOOL has a byte
 
 
 class WeightFiles:
@@ -58,7 +59,9 @@ class WeightFiles:
 
     def stored(self, name: str) -> Tensor:
         """One tensor as it lies in the file. Read, not mapped: mapped pages would count as memory in use."""
-        file = self.entries[name].file
+        file, dtype = self.entries[name].file, self.entries[name].dtype
+        if dtype.startswith(SUB_BYTE):
+            raise InputError(f"{file} holds {name} as {dtype}, which is not read: take another quantization")
         try:
             with safe_open(file, framework="pt", backend="pread") as shard:
                 return shard.get_tensor(name)
@@ -72,27 +75,35 @@ class WeightFiles:
 
 def _shards(folder: Path) -> list[Path]:
     """The safetensors files of a folder, in order."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"{index} is damaged: download it again") from error
-        files = [folder / name for name in named]
-        if outside := [name for name in named if Path(name).name != name]:
-            raise InputError(f"{index} points outside its folder: {outside[0]}")
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise InputError(f"{folder} lacks {missing[0]} ({len(missing)} of {len(files)} shards): download it again")
-        return files
-    files = sorted(folder.glob("*.safetensors"))
-    if files:
-        return files
+    index = folder / INDEX
+    if check_file(index).is_file():
+        return _listed(folder, index)
+    if files := sorted(folder.glob("*.safetensors")):
+        return [check_file(file) for file in files]
     if pickled := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
         raise InputError(
             f"{folder} holds pickled weights only ({pickled[0].name}), which can run code when loaded: "
             "convert them with transformers' save_pretrained, or find a safetensors copy"
         )
-    raise InputError(f"{folder} holds no model.safetensors: restore or download it again")
+    raise InputError(f"{folder} holds no model.safetensors: {MEND}")
+
+
+def _listed(folder: Path, index: Path) -> list[Path]:
+    """The shards that an index names, in order. Raises InputError for one outside the folder."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{index} has no weight_map from tensors to files: {MEND}")
+    named = sorted(set(weight_map.values()))
+    if outside := [name for name in named if Path(name).name != name or name == ".."]:
+        raise InputError(f"{index} points outside its folder: {outside[0]}")
+    if pickled := [name for name in named if not name.endswith(".safetensors")]:
+        raise InputError(f"{index} names {pickled[0]}, which is no safetensors file: find a safetensors copy")
+    files = [check_file(folder / name) for name in named]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise InputError(f"{folder} lacks {missing[0]} ({len(missing)} of {len(files)} shards): download it again")
+    if not files:
+        raise InputError(f"{index} names no file: {MEND}")
+    return files
 
 
 def _header(file: Path) -> dict[str, Entry]:

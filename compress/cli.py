@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from compress import __version__
+from compress.__main__ import INTERRUPTED
 from compress.cli_bench import bench, sweep
 from compress.cli_eval import evaluate, gate
 from compress.cli_export import export
@@ -17,7 +18,6 @@ from compress.errors import failure
 from compress.flags import Device, Json, given
 from compress.report import show
 
-INTERRUPTED = 130  # what a shell reports of a process ended by Ctrl-C
 USAGE_ERROR: Any = typer.BadParameter.__base__  # typer brings a click of its own
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -184,10 +184,16 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan, size, memory and time, and do nothing.")
     ] = False,
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes of this machine that share the work; for several machines see RANKS.md."),
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    from compress.commands import run_command
+    from compress.calib.ranks import joined
+    from compress.commands import pick_device, run_command
+    from compress.launch import launch, launched
     from compress.recipe import read_recipe
     from compress.settings import method_options
 
@@ -201,10 +207,14 @@ def run(
                   "refresh_gradients": refresh_gradients},
         "options": method_options(settings or []),
     }  # fmt: skip
-    read = read_recipe(recipe, given(flags))
-    target = out or _beside(read.model)
-    result = run_command(read, target, (evaluate, eval_windows), dry_run, device, tracker)
-    show(result, as_json)
+    if ranks is not None and not launched():
+        raise typer.Exit(launch(ranks, sys.argv[1:]))
+    with joined(pick_device(device)) as joint:
+        read = read_recipe(recipe, given(flags))
+        target = out or _beside(read.model)
+        result = run_command(read, target, (evaluate, eval_windows), dry_run, joint, tracker)
+    if result is not None:
+        show(result, as_json)
 
 
 @app.command()
@@ -249,12 +259,12 @@ def _beside(model: str) -> Path:
 
 
 def main() -> None:
-    """Run the command line; every foreseen failure ends in one line and its exit code."""
+    """Run the command line; every foreseen failure ends in one line and its exit code. Raises KeyboardInterrupt."""
     debug = "--debug" in sys.argv
     try:
         status = app(args=[a for a in sys.argv[1:] if a != "--debug"], prog_name="compress", standalone_mode=False)
         code, line = (status if isinstance(status, int) else 0), ""
-    except (typer.Abort, KeyboardInterrupt):
+    except typer.Abort:
         code, line = INTERRUPTED, ""
     except USAGE_ERROR as error:
         code, line = 2, error.format_message()
@@ -262,8 +272,8 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         code, line = failure(error, "--debug shows where")
-    if code == INTERRUPTED:
-        line = "stopped: the same command goes on from here"
+    if code == INTERRUPTED:  # which typer makes of KeyboardInterrupt
+        raise KeyboardInterrupt
     if line:
         print(f"error: {line}", file=sys.stderr)
     sys.exit(code)

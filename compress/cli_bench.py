@@ -1,17 +1,21 @@
 """The commands that measure: `compress sweep` and `compress bench`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from compress.errors import InputError, RunError
+from compress.cli_serve import load
+from compress.cli_speed import decode, finish, kernels, runtimes, speed
 from compress.flags import Device, Json, ModelName, given
-from compress.report import Report, show
+from compress.report import show
 
 bench = typer.Typer(
     no_args_is_help=True, help="Measure quality, gradients and speed: what every claim of ours comes from."
 )
+for _timing in (speed, decode, runtimes, kernels):
+    bench.command()(_timing)
+bench.command("serve")(load)
 
 RunsFolder = Annotated[Path, typer.Option("--out", help="Folder for the runs; finished ones are not repeated.")]
 EvalText = Annotated[
@@ -96,7 +100,7 @@ def sweep(
         speed,
         tuple(budget or ()),
     )
-    _finish(measure(request, device), as_json)
+    finish(measure(request, device), as_json)
 
 
 @bench.command()
@@ -122,7 +126,7 @@ def quality(
     """
     from compress.bench.quality import bench_quality
 
-    _finish(bench_quality(model, out, (calib, nsamples, seqlen), (ppl, max_windows), only or [], device), as_json)
+    finish(bench_quality(model, out, (calib, nsamples, seqlen), (ppl, max_windows), only or [], device), as_json)
 
 
 @bench.command()
@@ -159,7 +163,7 @@ def peers(
     from compress.bench.peers.driver import PeersRequest, bench_peers
 
     request = PeersRequest(model, (calib, nsamples, seqlen), (ppl, max_windows), out, envs, only or [], again)
-    _finish(bench_peers(request), as_json)
+    finish(bench_peers(request), as_json)
 
 
 @bench.command()
@@ -217,92 +221,54 @@ def recovery(
 
 
 @bench.command()
-def speed(
-    checkpoints: Annotated[list[str], typer.Argument(help="Checkpoints that plain transformers loads.")],
-    baseline: Annotated[str, typer.Option(help="What they are compared with, such as the dense model.")],
-    seqlen: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens after it, greedy, with a cache.")] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="Turns; the median counts.")] = 5,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Time checkpoints as plain transformers runs them, in turns with the model they were made of, batch 1.
-
-    [bold]Example[/bold]
-
-      compress bench speed small smaller --baseline gemma-3-270m
-    """
-    from compress.bench.speed import bench_speed
-    from compress.eval.speed import SpeedProtocol
-
-    show(bench_speed(checkpoints, baseline, SpeedProtocol(seqlen, new_tokens, repeats), device), as_json)
-
-
-@bench.command()
-def decode(
-    checkpoints: Annotated[list[str], typer.Argument(help="Checkpoints or models; the first is the baseline.")],
-    seqlen: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
-    new_tokens: Annotated[int, typer.Option(min=4, help="Tokens after it, greedy, with a cache.")] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="Prompts of each; the fastest counts.")] = 5,
-    prompts: Annotated[
-        str, typer.Option(help="What is kept for prompts: dense, decode or packed, as in `serve`.")
-    ] = "dense",
-    llama_bench: Annotated[
-        Path | None, typer.Option("--llama-bench", help="llama.cpp's llama-bench, to time --gguf beside.")
+def ranks(
+    model: ModelName,
+    counts: Annotated[
+        list[int] | None,
+        typer.Option("--ranks", min=1, help="How many; may be repeated. The first is compared with.", show_default="1, 2"),
     ] = None,
-    gguf: Annotated[list[Path] | None, typer.Option(help="GGUF file for llama-bench; may be repeated.")] = None,
-    device: Device = "auto",
+    recipe: Annotated[Path | None, typer.Option(help="TOML recipe.", show_default="4 bits by GPTQ")] = None,
+    calib: Annotated[str | None, typer.Option(help="Calibration text.", show_default="c4")] = None,
+    nsamples: Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="128")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens a sequence.", show_default="2048")] = None,
     as_json: Json = False,
 ) -> None:
-    """Time checkpoints as `compress serve` runs them, token by token in turns with the first, batch 1.
+    """Share one run among several processes of one thread each, and compare seconds and checkpoints.
 
     [bold]Example[/bold]
 
-      compress bench decode gemma-3-270m small-8 small-4
-
-      compress bench decode gemma-3-270m small-4 --llama-bench build/bin/llama-bench
-        --gguf gemma-3-270m-q4_0.gguf
+      compress bench ranks gemma-3-270m --ranks 1 --ranks 4
+        --calib valid.txt --nsamples 32 --seqlen 512
     """
-    from compress.bench.decode import DecodeRequest, bench_decode
-    from compress.commands import find_model, pick_device
-    from compress.eval.speed import SpeedProtocol
-    from compress.progress import Reporter
+    from compress.bench.ranks import bench_ranks
+    from compress.recipe import read_recipe
 
-    folders = {name: find_model(name, None, Reporter()) for name in checkpoints}
-    protocol = SpeedProtocol(seqlen, new_tokens, repeats)
-    request = DecodeRequest(folders, protocol, prompts, llama_bench, tuple(gguf or ()))
-    show(bench_decode(request, pick_device(device)), as_json)
+    flags: dict[str, Any] = {"model": model, "calib": {"source": calib, "nsamples": nsamples, "seqlen": seqlen}}
+    if recipe is None:
+        flags["target"] = {"wbits": 4}
+    show(bench_ranks(read_recipe(recipe, given(flags)), counts or [1, 2]), as_json)
 
 
-@bench.command()
-def kernels(
-    shape: Annotated[str, typer.Option(help="Outputs x inputs of the layer.")] = "4096x4096",
-    tokens: Annotated[str, typer.Option(help="Tokens of one product, with commas between.")] = "1,16,256",
-    group_size: Annotated[int, typer.Option(min=1, help="Weights that share a scale.")] = 128,
-    only: Annotated[list[str] | None, typer.Option(help="An implementation; may be repeated. Without: all.")] = None,
-    device: Device = "auto",
+@bench.command("make-model")
+def make_model(
+    shape: Annotated[
+        str, typer.Argument(help="llama-7b, llama-13b, tinyllama-1.1b, or a config.json of transformers.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder of the model.")],
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Transformer blocks.", show_default="as many as the shape has")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Check, then time every kernel that can serve a layer here, beside the dense product: on a GPU or a CPU.
+    """Write a model of a true shape with random weights, to measure memory and time with where the real one is not.
 
     [bold]Example[/bold]
 
-      compress bench kernels --device cuda --shape 4096x11008 --tokens 1,8,16,32,256
+      compress bench make-model llama-7b random-7b
+
+      compress run random-7b --sparsity 0.5 --wbits 4 --calib builtin --dry-run
     """
-    from compress.bench.kernels import KernelBench, bench_kernels
-    from compress.commands import pick_device
+    from compress.bench.make_model import bench_make_model
 
-    try:
-        rows, columns = map(int, shape.split("x"))
-        counts = tuple(int(count) for count in tokens.split(","))
-    except ValueError as error:
-        raise InputError(f"--shape {shape} --tokens {tokens}: write them as 4096x11008 and 1,16,256") from error
-    asked = KernelBench((rows, columns), counts, group_size=group_size, only=tuple(only or ()))
-    show(bench_kernels(asked, pick_device(device)), as_json)
-
-
-def _finish(report: Report, as_json: bool) -> None:
-    """Print a report of runs; the exit code says whether one failed."""
-    show(report, as_json)
-    if any("failed" in row for row in report.data["runs"]):
-        raise typer.Exit(RunError.exit_code)
+    show(bench_make_model(shape, out, layers, seed), as_json)

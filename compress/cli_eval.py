@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from compress.errors import InputError
-from compress.flags import Device, Json, ModelName
+from compress.flags import Device, Json
 from compress.report import show
 
 if TYPE_CHECKING:
@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 
 WORSE = 1  # the exit code of a gate that does not hold
 
+ModelNames = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CKPT...", help="Aliases (llama-7b), hub ids, folders, or .gguf files; the others beside the first."
+    ),
+]
 Texts = Annotated[list[str] | None, typer.Option("--ppl", help="wikitext2, ptb, builtin, or a text file; repeatable.")]
 Protocols = Annotated[
     list[str] | None,
@@ -44,7 +50,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Prompts at once in tasks.")
 
 
 def evaluate(
-    checkpoint: ModelName,
+    checkpoints: ModelNames,
     ppl: Texts = None,
     protocol: Protocols = None,
     seqlen: Seqlen = None,
@@ -57,11 +63,16 @@ def evaluate(
     tasks_out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write lm-eval's results, in its own JSON.")
     ] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write what --json prints, as far as it has come.")
+    ] = None,
     batch_size: BatchSize = 8,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure a checkpoint: perplexity by the protocol of your choice, divergence from the dense model, tasks.
+    """Measure checkpoints: perplexity by the protocol of your choice, divergence from the dense model, tasks.
+
+    Several make one table, a column each, with what changes from the first.
 
     Without --ppl and --tasks: perplexity on wikitext2. By our own protocol the text is tokenized whole without special
     tokens and cut into windows of SEQLEN - 1; BOS is put before each, and every token is scored. Models whose tokenizer
@@ -75,6 +86,8 @@ def evaluate(
       compress eval small --ppl wiki.test.raw.txt --protocol wanda,llama.cpp --against llama-7b
 
       compress eval small --tasks piqa,arc_easy --limit 100
+
+      compress eval llama-7b small smaller --protocol wanda,llama.cpp --ppl wiki.test.raw.txt --tasks piqa
     """
     from compress.evaluation import Evaluation, evaluation_report
 
@@ -84,8 +97,11 @@ def evaluate(
         raise InputError("--against and --protocol are about a text: give --ppl")
     if tasks_out and not request:
         raise InputError("--tasks-out is where results of tasks go: give --tasks")
-    asked = Evaluation(text_requests(texts, protocol, (seqlen, stride, max_windows)), against, request, tasks_out)
-    show(evaluation_report(checkpoint, asked, device), as_json)
+    if tasks_out and len(checkpoints) > 1:
+        raise InputError("--tasks-out holds lm-eval's results of one checkpoint: give one, or --save")
+    sizes = (seqlen, stride, max_windows)
+    asked = Evaluation(text_requests(texts, protocol, sizes), against, request, tasks_out, save)
+    show(evaluation_report(checkpoints, asked, device), as_json)
 
 
 def gate(

@@ -1,12 +1,13 @@
 """The commands that run a checkpoint: `compress generate` and `compress serve`."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from compress.errors import InputError
+from compress.errors import InputError, RunError
 from compress.flags import Device, Json
 from compress.report import Report, show
 
@@ -37,10 +38,11 @@ def generate(
 
       compress generate small "The capital of France is" --max-new-tokens 32
     """
+    from compress.calib.skeleton import load_tokenizer
     from compress.commands import pick_device
     from compress.generate import GenerateOptions
     from compress.generate import generate as run
-    from compress.hf import compressed_layers, load_model, load_tokenizer
+    from compress.hf import compressed_layers, load_model
     from compress.kernel_report import kernel_counts, kernel_lines
 
     tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint, prompts, pick_device(device))
@@ -112,7 +114,8 @@ def serve(
         arguments = command(engine, checkpoint, host, port, max_model_len, name)
         become(arguments, api_key, engine_binary, plugin=engine == "vllm" and needs_plugin(checkpoint))
     check_serve_extra()
-    from compress.hf import load_model, load_tokenizer
+    from compress.calib.skeleton import load_tokenizer
+    from compress.hf import load_model
     from compress.serve import ServeOptions
     from compress.serve import serve as run
 
@@ -122,6 +125,37 @@ def serve(
         print(line, file=sys.stderr, flush=True)
     print(f"listening on http://{host}:{port}/v1", file=sys.stderr, flush=True)
     run(called, model, tokenizer, ServeOptions(host, port, api_key, max_model_len, max_requests))
+    print("stopped", file=sys.stderr, flush=True)
+    os._exit(0)  # an answer that nobody waits for may be under way in a thread, which Python's own end would break off
+
+
+def load(
+    checkpoint: Checkpoint,
+    clients: Annotated[int, typer.Option(min=1, help="Clients at once, each with one request after the other.")] = 50,
+    seconds: Annotated[float, typer.Option(min=0, help="In which requests are begun.")] = 30.0,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt, about.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 32,
+    prompts: Prompts = "decode",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Serve a checkpoint on loopback, let clients ask at once, and print how long they waited.
+
+    Beside it what the server held before and after: memory, files, sockets.
+    The exit code is 3 if a request failed or the server did not end well.
+
+    [bold]Example[/bold]
+
+      compress bench serve small --clients 50 --seconds 60
+    """
+    from compress.bench.serve import Load, bench_serve
+    from compress.engines import check_serve_extra
+
+    check_serve_extra()
+    report = bench_serve(checkpoint, Load(clients, seconds, prompt_tokens, new_tokens, prompts, device))
+    show(report, as_json)
+    if report.data["errors"] or report.data["end"]["exit_code"]:
+        raise typer.Exit(RunError.exit_code)
 
 
 def _loaded(name: str, checkpoint: Path, model: Any) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from compress.calib.ranks import ALONE, Ranks
 from compress.calib.texts import check_source
 from compress.checkpoint.save import write_card
 from compress.doctor import doctor
@@ -55,29 +56,32 @@ def run_command(
     out: Path,
     evaluation: tuple[str | None, int],
     dry_run: bool,
-    device: str,
+    ranks: Ranks = ALONE,
     tracker: str | None = None,
-) -> Report:
-    """`compress run`: compress, then measure dense and compressed if asked.
+) -> Report | None:
+    """`compress run`: compress, then measure dense and compressed if asked. None: another rank has the report.
 
     `evaluation`: a text, None: none, and how many windows of it; `tracker`: of trainings, as accelerate names it.
     """
-    (text, windows), reporter, device = evaluation, Reporter(tracker=tracker), pick_device(device)
+    (text, windows), reporter = evaluation, Reporter(quiet=not ranks.first, tracker=tracker)
     if tracker is not None:
         if not any(whole_model(stage, name) for stage, name in recipe.steps):
             raise InputError(f"tracker {tracker} has nothing to do: no method of this recipe trains the model")
         check_tracker(tracker)
-    folder = find_model(recipe.model, recipe.revision, reporter)
+    with ranks.first_goes_first():
+        folder = find_model(recipe.model, recipe.revision, reporter)
     check_out(out, folder)
     if text is not None:
         check_source(text, "evaluation")  # not after hours of work
-    if dry_run:
+    if dry_run and ranks.first:
         if prunes_whole_model(recipe):
-            return estimate_whole_model(recipe, open_model(folder, recipe.dtype, device))
-        return estimate(recipe, folder, out, device, reporter)
-    result = compress(recipe, folder, out, reporter, device)
+            return estimate_whole_model(recipe, open_model(folder, recipe.dtype, ranks.device))
+        return estimate(recipe, folder, out, ranks.device, reporter)
+    result = None if dry_run else compress(recipe, folder, out, reporter, ranks)
+    if result is None or not ranks.first:
+        return None
     if text is not None:
-        result = _with_perplexity(result, folder, out, (text, recipe.calib.seqlen, windows), reporter, device)
+        result = _with_perplexity(result, folder, out, (text, recipe.calib.seqlen, windows), reporter, ranks.device)
     said = notes(Journal(out / "run" / "log.jsonl").read())
     closing = f"\nCheckpoint in {out}. Look into it with: compress inspect {out}"
     losses = [loss_line(result)] if "measured_loss" in result else []
@@ -109,8 +113,8 @@ def _with_perplexity(
             values = evaluate(checkpoint, [text], seqlen, windows, reporter, device)["perplexity"]
             measured[name] = next(iter(values.values()))
         result = {**result, "eval": measured}
-        Finished(out / "run").update(result)
         write_card(out, result)
+        Finished(out / "run").update(result)  # last: what is here is not measured and told again
     return result
 
 
@@ -127,6 +131,8 @@ def _run_table(result: dict[str, Any]) -> Any:
         measured = result["eval"]
         name = f"perplexity, {Path(measured['asked']['text']).name}"
         rows.insert(0, [name, f"{measured['dense']:.2f}", f"{measured['compressed']:.2f}"])
+    if "adapter_for_dense_bytes" in result:
+        rows.append(["adapter for the dense model", "", size(result["adapter_for_dense_bytes"])])
     rows.append(["seconds", "", f"{result['seconds']:.0f}"])
     rows.append(["peak memory", "", size(result["peak_rss_bytes"])])
     return table("", ["", "dense", "compressed"], rows)

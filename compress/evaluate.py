@@ -67,6 +67,8 @@ def measure_texts(
 ) -> list[dict[str, Any]]:
     """A row for each request: {"text", "protocol", "perplexity", "perplexity_se", "nll", "tokens", "windows", "seconds"}.
 
+    "window_nll" and "window_tokens" say of each window the nats and the tokens that are scored, so that models can be
+    compared window by window.
     lm-eval's protocol has "word_perplexity", "byte_perplexity" and "bits_per_byte" as well. With `dense`, the model to
     compare with: "dense_perplexity", "kl", "top1" and "excess_nll" (the log of the ratio of perplexities), each with its
     "_se". Standard errors are by windows, None for a single one. Raises InputError for models that do not read the text
@@ -86,19 +88,21 @@ def _measure(model: Model, request: TextRequest, reporter: Reporter, dense: Mode
     with reporter.stage(f"{title} on {Path(request.text).name}, {request.protocol}", steps) as stage:
         if dense is None:
             found = score(model, windows, stage.step)
-            nll, se, tokens, seconds = found.nll, found.se, found.tokens, found.seconds
+            nll, se, sums, seconds = found.nll, found.se, found.sums, found.seconds
         else:
             _check_alike(dense, request, cut)
             compared = divergence(model, dense, windows, stage.step)
             nll, se = compared.nll.value, compared.nll.se
-            tokens, seconds = compared.tokens, compared.seconds
+            sums, seconds = compared.sums, compared.seconds
             row["dense_perplexity"] = exp(compared.dense_nll.value)
             for key, mean in (("kl", compared.kl), ("top1", compared.top1), ("excess_nll", compared.excess)):
                 row |= {key: mean.value, f"{key}_se": mean.se}
     row["perplexity"] = exp(nll)
     row["perplexity_se"] = None if se is None else exp(nll) * se
-    row |= {"nll": nll, "tokens": tokens, "windows": len(windows), "seconds": round(seconds, 2)}
-    return row | _by_words(cut, nll * tokens)
+    counts = [len(window.targets) for window in windows]
+    row |= {"nll": nll, "tokens": sum(counts), "windows": len(windows), "seconds": round(seconds, 2)}
+    row |= {"window_nll": sums, "window_tokens": counts}
+    return row | _by_words(cut, nll * sum(counts))
 
 
 def _by_words(cut: Cut, nll: float) -> dict[str, float]:

@@ -1,61 +1,114 @@
-"""`compress eval`: what was measured, as tables."""
+"""`compress eval`: what was measured of one checkpoint, or of several beside the first, as tables."""
 
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compress.checkpoint.formats import open_weights
 from compress.commands import find_model, pick_device
+from compress.comparison import compare, comparison_table
+from compress.errors import InputError
 from compress.evaluate import TextRequest, measure_texts
 from compress.files import write_json
 from compress.pipeline import open_model
 from compress.progress import Reporter
-from compress.report import Report, duration, table
-from compress.tasks import TaskRequest, require_tasks, run_tasks
+from compress.report import Report, duration, percent, table, with_error
+from compress.tasks import TaskRequest, check_tasks, run_tasks
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is asked about a checkpoint."""
+    """What is asked about each checkpoint."""
 
     texts: list[TextRequest]
     against: str | None = None  # the dense model, as a user calls it
     tasks: TaskRequest | None = None
-    tasks_out: Path | None = None  # lm-eval's own JSON
+    tasks_out: Path | None = None  # lm-eval's own JSON, of a single checkpoint
+    save: Path | None = None  # what is measured, as far as it has come
+
+    def check(self) -> None:
+        """Raise InputError for what is not there, before any work."""
+        for request in self.texts:
+            request.check()
+        if self.tasks is not None:
+            check_tasks(self.tasks)
+        for file in (self.save, self.tasks_out):
+            if file is not None and not file.parent.is_dir():
+                raise InputError(
+                    f"there is no folder {file.parent} to write {file.name} in: make it, or choose another"
+                )
 
 
-def evaluation_report(name: str, asked: Evaluation, device: str) -> Report:
-    """Measure a checkpoint (an alias, a hub id, a folder) as asked.
+def evaluation_report(names: list[str], asked: Evaluation, device: str) -> Report:
+    """Measure checkpoints (aliases, hub ids, folders) as asked, one after the other.
 
-    Returns {"checkpoint", "perplexity": {text: value, of the first protocol}, "measured": rows (measure_texts), "tokens",
-    "seconds"} and with tasks "tasks" (tasks.py). Raises InputError before any work for what is not there.
+    Returns of a single one {"checkpoint", "bytes", "perplexity": {text: value, of the first protocol}, "measured": rows
+    (measure_texts), "tokens", "seconds"} and with tasks "tasks" (tasks.py); of several {"checkpoints": {name: the same},
+    "compared": rows (comparison.py)}. Raises InputError before any work for what is not there.
     """
-    started, reporter, device = time.monotonic(), Reporter(), pick_device(device)
-    for request in asked.texts:
-        request.check()
-    if asked.tasks is not None:
-        require_tasks()
-    folder = find_model(name, None, reporter)
+    reporter, device = Reporter(), pick_device(device)
+    asked.check()
+    folders = {name: find_model(name, None, reporter) for name in names}
     dense = None if asked.against is None else find_model(asked.against, None, reporter)
-    data: dict[str, Any] = {"checkpoint": str(folder), "perplexity": {}}
-    tables: list[Any] = []
+    measured: dict[str, dict[str, Any]] = {}
+    for title, folder in zip(_titles(list(folders)), folders.values(), strict=True):
+        if len(folders) > 1:
+            reporter.say(f"measuring {title}")
+        measured[title] = _measure(folder, dense, asked, (device, reporter))
+        if asked.save is not None:
+            write_json(asked.save, _data(measured, len(folders)))
+    data = _data(measured, len(folders))
+    return Report(data, _several(data) if len(folders) > 1 else _single(data, asked))
+
+
+def _titles(names: list[str]) -> list[str]:
+    """The last parts of names and paths, where these tell them apart."""
+    short = [Path(name).name for name in names]
+    return short if len(set(short)) == len(short) else names
+
+
+def _measure(folder: Path, dense: Path | None, asked: Evaluation, means: tuple[str, Reporter]) -> dict[str, Any]:
+    """All that is asked about one checkpoint; `means`: the device, and who is told."""
+    started, (device, reporter) = time.monotonic(), means
+    data: dict[str, Any] = {"checkpoint": str(folder), "bytes": open_weights(folder).nbytes(), "perplexity": {}}
     if asked.texts:
         other = None if dense is None else open_model(dense, device=device)
         rows = measure_texts(open_model(folder, device=device), asked.texts, reporter, other)
         for row in rows:
             data["perplexity"].setdefault(row["text"], row["perplexity"])
         data |= {"measured": rows, "tokens": sum(row["tokens"] for row in rows)}
-        tables.append(_texts_table(rows))
     if asked.tasks is not None:
         results = run_tasks(folder, asked.tasks, device, reporter)
         data["tasks"] = results.figures
-        tables += [""] * bool(tables) + [_tasks_table(results.figures)]
         if asked.tasks_out is not None:
             write_json(asked.tasks_out, results.raw)
-            tables.append(f"lm-eval's results in {asked.tasks_out}")
-    data["seconds"] = round(time.monotonic() - started, 2)
+    return data | {"seconds": round(time.monotonic() - started, 2)}
+
+
+def _data(measured: dict[str, dict[str, Any]], asked: int) -> dict[str, Any]:
+    """What is said of those of the `asked` checkpoints that are measured."""
+    every = list(measured.values())
+    return every[0] if asked == 1 else {"checkpoints": dict(measured), "compared": compare(every)}
+
+
+def _several(data: dict[str, Any]) -> list[Any]:
+    first, *_ = names = list(data["checkpoints"])
+    legend = f"± is the standard error; in brackets what changes from {first}, with the error of pairs"
+    seconds = sum(one["seconds"] for one in data["checkpoints"].values())
+    return [comparison_table(names, data["compared"]), f"\n{legend}", f"in {duration(seconds)}"]
+
+
+def _single(data: dict[str, Any], asked: Evaluation) -> list[Any]:
+    tables: list[Any] = []
+    if asked.texts:
+        tables.append(_texts_table(data["measured"]))
+    if asked.tasks is not None:
+        tables += [""] * bool(tables) + [_tasks_table(data["tasks"])]
+    if asked.tasks_out is not None:
+        tables.append(f"lm-eval's results in {asked.tasks_out}")
     closing = f"{data['tokens']} tokens in " if asked.texts else "in "
-    return Report(data, [*tables, f"\n{closing}{duration(data['seconds'])}"])
+    return [*tables, f"\n{closing}{duration(data['seconds'])}"]
 
 
 def _texts_table(rows: list[dict[str, Any]]) -> Any:
@@ -84,13 +137,3 @@ def _tasks_table(figures: dict[str, dict[str, Any]]) -> Any:
         for metric, each in found["metrics"].items()
     ]
     return table("", ["task", "metric", "value", "documents"], rows)
-
-
-def with_error(value: float, se: float | None, digits: int) -> str:
-    """A value with its standard error, if it has one."""
-    return f"{value:.{digits}f}" + ("" if se is None else f" ± {se:.{digits}f}")
-
-
-def percent(share: float, se: float | None) -> str:
-    """The same for a share of 1."""
-    return with_error(100 * share, None if se is None else 100 * se, 2) + " %"

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,24 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.errors import RunError
+from compress.errors import NO_ROOM, RunError
+from compress.report import size
 
 PARTIAL = ".partial"
 UNWRITABLE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EFBIG, errno.EIO)
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn "no space left" and its kin into one line that says what to do."""
+def disk_errors(path: Path, wanted: int | None = None) -> Iterator[None]:
+    """Turn "no space left" and its kin into one line that says what to do. `wanted`: bytes that `path` takes, if known."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_ROOM:
+            takes = "" if wanted is None else f", which takes {size(wanted)}"
             raise RunError(
-                f"no space left writing {path}: everything finished is kept; free some space and run the same command again"
+                f"no space left in {path.parent} ({_free(path.parent)} free) to write {path.name}{takes}: everything finished "
+                "is kept; free some space and run the same command again"
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise RunError(f"may not write {path}: choose another --out, or mend its permissions") from error
@@ -36,10 +40,19 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file aside, sync it, and rename it to `path`: a reader sees the old one or the whole new one."""
+def _free(folder: Path) -> str:
+    """What room there is, for people."""
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.is_dir())
+    return size(shutil.disk_usage(there).free)
+
+
+def replace_file(path: Path, write: Callable[[Path], object], wanted: int | None = None) -> None:
+    """Let `write` make a file aside, sync it, and rename it to `path`: a reader sees the old one or the whole new one.
+
+    `wanted`: its bytes, if they are known, for the error where there is no room.
+    """
     aside = path.with_name(path.name + PARTIAL)
-    with disk_errors(path):
+    with disk_errors(path, wanted):
         try:
             write(aside)
             sync(aside)
@@ -61,7 +74,7 @@ def sync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file."""
-    replace_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    replace_file(path, lambda aside: aside.write_text(text, encoding="utf-8"), len(text.encode()))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -77,14 +90,17 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def write(aside: Path) -> None:
+        aside.touch()
+        readable_by = aside.stat().st_mode  # what the umask says; safetensors lets nobody but the owner read
         try:
             save_file(contiguous, aside, metadata=metadata or {"format": "pt"})
+            aside.chmod(readable_by)
         except Exception as error:  # safetensors wraps the operating system's error in its own
             if number := re.search(r"os error (\d+)", str(error)):
                 raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
             raise
 
-    replace_file(path, write)
+    replace_file(path, write, sum(tensor.nbytes for tensor in tensors.values()))
 
 
 def sha256(path: Path) -> str:

@@ -50,7 +50,7 @@ class Figure:
 class Recorded(BaseModel):
     """One figure of a baseline: its value in each run, and what `Figure` has beside it, documents as means over runs."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     kind: Literal["perplexity", "kl", "top1", "task", "size", "speed"]
     values: list[float] = Field(min_length=1)
     se: float | None = None
@@ -61,7 +61,7 @@ class Recorded(BaseModel):
 class Baseline(BaseModel):
     """What a gate is held against, as its JSON file has it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     version: Literal[1] = 1
     asked: dict[str, Any]  # what is measured (gate_measure.py)
     confidence: float = Field(CONFIDENCE, gt=0.5, lt=1)

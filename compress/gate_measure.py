@@ -15,7 +15,7 @@ from compress.gate import Figure
 from compress.pipeline import open_model
 from compress.progress import Reporter
 from compress.recipe import validation_line
-from compress.tasks import TaskRequest, require_tasks, run_tasks
+from compress.tasks import TaskRequest, check_tasks, run_tasks
 
 SPEED = SpeedProtocol(seqlen=128, new_tokens=32, repeats=1)
 
@@ -34,7 +34,7 @@ class Asked(BaseModel):
         for request in self.texts:
             request.check()
         if self.tasks is not None:
-            require_tasks()
+            check_tasks(self.tasks)
         if self.speed and self.against is None:
             raise InputError("--speed is a ratio to the dense model: give it with --against")
 

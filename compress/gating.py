@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from compress.calib.ranks import Ranks
 from compress.commands import find_model, pick_device
 from compress.errors import InputError
 from compress.files import write_json
@@ -127,5 +128,6 @@ def _checkpoint(target: Target, more: int, device: str, reporter: Reporter) -> I
     if more:
         recipe = read_recipe(target.recipe, {"calib": {"seed": recipe.calib.seed + more}})
     with tempfile.TemporaryDirectory(prefix="compress-gate-") as folder:
-        compress(recipe, find_model(recipe.model, recipe.revision, reporter), Path(folder) / "out", reporter, device)
+        model = find_model(recipe.model, recipe.revision, reporter)
+        compress(recipe, model, Path(folder) / "out", reporter, Ranks(device=device))
         yield Path(folder) / "out"

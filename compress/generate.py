@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from compress.calib.model_files import first_line
 from compress.errors import InputError
 
 
@@ -110,9 +111,13 @@ def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
         raise InputError("this model has no chat template: leave --chat out")
     else:
         messages = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )["input_ids"]
+        try:
+            ids = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )["input_ids"]
+        except Exception as error:  # a template, which runs in jinja's sandbox, raises whatever its expressions do
+            reason = f"the model's chat template does not take this message ({first_line(error)})"
+            raise InputError(f"{reason}: leave --chat out") from error
     if not ids.shape[1]:
         raise InputError("the prompt has no tokens: write something")
     return ids

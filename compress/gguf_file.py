@@ -92,6 +92,8 @@ class GgufFile:
 def read_gguf(path: Path) -> GgufFile:
     """Parse a file's header. Raises InputError if it is no GGUF file, damaged, truncated, or one part of a split file."""
     try:
+        if not path.is_file():
+            raise OSError("it is no ordinary file")
         bytes_ = np.memmap(path, mode="r", dtype=np.uint8)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
@@ -99,9 +101,10 @@ def read_gguf(path: Path) -> GgufFile:
         raise InputError(f"{path} is not a GGUF file: its first bytes are not GGUF")
     try:
         file = _parse(path, bytes_)
+        parts = _number(file.metadata, "split.count", 1)
     except (struct.error, ValueError, KeyError, IndexError, OverflowError) as error:
         raise InputError(f"{path} is damaged or truncated ({error}): download it again") from error
-    if file.metadata.get("split.count", 1) > 1:
+    if parts > 1:
         raise InputError(f"{path} is one part of a split model: join the parts with `llama-gguf-split --merge` first")
     return file
 
@@ -120,9 +123,19 @@ def _parse(path: Path, data: np.ndarray) -> GgufFile:
     if not isinstance(metadata.get("general.architecture"), str):
         raise ValueError("general.architecture is missing")
     entries = [_entry(cursor) for _ in range(tensors)]
-    alignment = metadata.get("general.alignment", 32)
+    if len({name for name, *_ in entries}) < len(entries):
+        raise ValueError("two tensors share a name")
+    alignment = _number(metadata, "general.alignment", 32)
     start = -(-cursor.at // alignment) * alignment
     return GgufFile(path, metadata, [_tensor(path, start, len(data), *entry) for entry in entries])
+
+
+def _number(metadata: dict[str, Any], key: str, default: int) -> int:
+    """A number of at least one. Raises ValueError for anything else."""
+    value = metadata.get(key, default)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{key} is {value!r}")
+    return value
 
 
 def _entry(cursor: "_Cursor") -> tuple[str, tuple[int, ...], int, int]:
@@ -139,7 +152,7 @@ def _tensor(path: Path, start: int, file_bytes: int, name: str, shape: tuple[int
     kind_number, offset = entry
     kind = gguf.GGMLQuantizationType(kind_number)
     block, size = gguf.GGML_QUANT_SIZES[kind]
-    if not shape or shape[-1] % block:
+    if not shape or 0 in shape or shape[-1] % block:
         raise ValueError(f"{name} [{shape}] is not made of whole {kind.name} blocks")
     row_bytes = shape[-1] // block * size
     if start + offset + math.prod(shape[:-1]) * row_bytes > file_bytes:

@@ -10,12 +10,10 @@ from typing import Any
 
 import gguf
 import numpy as np
-import torch
 from filelock import FileLock
 from transformers import (
     TOKENIZER_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -23,6 +21,7 @@ from transformers import (
 from transformers import __version__ as transformers_version
 from transformers.integrations import GGUF_CONFIG_MAPPING
 
+from compress.calib.skeleton import check_counts, skeleton, tokenizer_errors
 from compress.errors import InputError
 from compress.files import PARTIAL, disk_errors, sha256, sync, write_text
 from compress.gguf_file import GgufFile, Skipped, read_gguf
@@ -65,6 +64,8 @@ def imported_folder(stem: str, digest: str, cache_dir: Path) -> Path:
 
 def _digest(path: Path, cache_dir: Path) -> str:
     """The file's sha256, remembered by name, size, time and inode: hashing 40 GB takes a minute."""
+    if not path.is_file():
+        raise InputError(f"cannot read {path}: there is no ordinary file of that name")
     try:
         stat = path.stat()
         seen = cache_dir / "gguf" / "sha256" / f"{path.name}-{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}"
@@ -98,17 +99,16 @@ def _convert(file: GgufFile, folder: Path, progress: Progress | None) -> None:
     model.generation_config.save_pretrained(folder)
     # AutoTokenizer would read the whole file again for a config of its own (10 s) and then choose just this class
     tokenizer_class = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
-    tokenizer = tokenizer_class.from_pretrained(file.path.parent, gguf_file=file.path.name)
-    tokenizer.save_pretrained(folder)
+    with tokenizer_errors(str(file.path)):
+        tokenizer = tokenizer_class.from_pretrained(file.path.parent, gguf_file=file.path.name)
+        tokenizer.save_pretrained(folder)
 
 
 def _skeleton(file: GgufFile, config: PreTrainedConfig) -> PreTrainedModel:
     """The model on the meta device."""
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=file.dtype())
-    except ValueError as error:
-        raise InputError(f"{file.path} is a {config.model_type} model, not a causal language model") from error
+    model = skeleton(config, file.dtype(), len(file.tensors), str(file.path))
+    model.tie_weights()
+    return model
 
 
 def _config(file: GgufFile) -> PreTrainedConfig:
@@ -123,12 +123,13 @@ def _config(file: GgufFile) -> PreTrainedConfig:
             f"which transformers {transformers_version} does not read from GGUF: {INSTEAD}"
         )
     known = GGUF_CONFIG_MAPPING[architecture]
+    check_counts(file.metadata, str(file.path))
     _refuse_lost_rope_scaling(file, known)
     with tempfile.TemporaryDirectory() as folder:
         _write_slim_header(file, Path(folder) / "header.gguf", known)
         try:
             config = AutoConfig.from_pretrained(folder, gguf_file="header.gguf")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # each configuration class checks its own values and raises its own errors
             raise InputError(
                 f"{file.path}: transformers {transformers_version} cannot read its settings: {error}"
             ) from error
@@ -154,12 +155,13 @@ def _restore_llama3_rope(file: GgufFile, config: PreTrainedConfig) -> None:
     tensor = next((tensor for tensor in file.tensors if tensor.name == "rope_freqs.weight"), None)
     if tensor is None:
         return
-    divisors = tensor.dequantized()
-    low, high, original, factor = 1.0, 4.0, 8192, float(divisors.max())  # the same in every Llama 3, but for the factor
-    theta = config.rope_parameters["rope_theta"]
-    wavelengths = 2 * np.pi * theta ** (np.arange(len(divisors)) / len(divisors))
-    smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
-    if config.model_type != "llama" or not np.allclose(divisors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
+    low, high, original, factor = 1.0, 4.0, 8192, 0.0  # the same in every Llama 3, but for the factor
+    if config.model_type == "llama" and len(tensor.shape) == 1:
+        divisors = tensor.dequantized()
+        theta, factor = config.rope_parameters["rope_theta"], float(divisors.max())
+        wavelengths = 2 * np.pi * theta ** (np.arange(len(divisors)) / len(divisors))
+        smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
+    if not factor > 0 or not np.allclose(divisors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
         raise InputError(f"{file.path} scales its rotary frequencies in a way other than Llama 3's: {INSTEAD}")
     config.rope_parameters = dict(config.rope_parameters) | {
         "rope_type": "llama3",
@@ -175,7 +177,7 @@ def _write_slim_header(file: GgufFile, path: Path, known: dict[str, Any]) -> Non
     writer = gguf.GGUFWriter(path, file.architecture)
     for key, value in file.metadata.items():
         vocabulary = key.startswith("tokenizer.") and isinstance(value, list)
-        if not (vocabulary or isinstance(value, Skipped) or key == "general.architecture"):
+        if not (vocabulary or isinstance(value, Skipped) or value == [] or key == "general.architecture"):
             writer.add_key_value(key, value, *_value_types(value))
     size, tokens = f"{file.architecture}.vocab_size", file.metadata.get("tokenizer.ggml.tokens")
     if (
@@ -196,6 +198,8 @@ def _value_types(value: Any) -> tuple[gguf.GGUFValueType, gguf.GGUFValueType | N
     """The GGUF type of a metadata value, and of its elements if it is a list. Integers are written wide enough for all."""
     kinds = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.INT64, float: gguf.GGUFValueType.FLOAT64}
     kinds[str] = gguf.GGUFValueType.STRING
-    if isinstance(value, list):
-        return gguf.GGUFValueType.ARRAY, kinds[type(value[0])] if value else gguf.GGUFValueType.INT64
-    return kinds[type(value)], None
+    values = value if isinstance(value, list) else [value]
+    kind = kinds[type(values[0])]
+    if kind == gguf.GGUFValueType.INT64 and max(values) >= 2**63:
+        kind = gguf.GGUFValueType.UINT64
+    return (gguf.GGUFValueType.ARRAY, kind) if isinstance(value, list) else (kind, None)

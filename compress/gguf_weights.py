@@ -5,6 +5,7 @@ and rounded a few rows at a time, so peak memory is one tensor of the result, ne
 """
 
 import json
+import math
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers import __version__ as transformers_version
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
+from compress.calib.model_files import first_line
 from compress.errors import InputError
 from compress.gguf_file import GgufFile, GgufTensor
 
@@ -25,6 +27,7 @@ SAFETENSORS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16
 INTEGERS = {2: torch.int16, 4: torch.int32}
 # Bytes that can be moved but not computed with: numpy raises TypeError on arithmetic.
 OPAQUE = {2: np.dtype("V2"), 4: np.dtype("V4")}
+SLACK = 1 << 20  # weights that a file may lack before it is said how many, and not which
 READ_INTO_CONFIG = {"rope_freqs.weight"}  # tensors that are no weights
 
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
@@ -38,6 +41,7 @@ def write_weights(file: GgufFile, model: PreTrainedModel, path: Path, progress: 
     """
     wanted = _stored_tensors(model)
     conversion = _Conversion(file, model, file.dtype())
+    _check_sizes(file, conversion.values, wanted)
     missing = set(wanted)
     with path.open("wb") as out:
         places = _write_header(out, wanted, file.dtype())
@@ -58,6 +62,18 @@ def write_weights(file: GgufFile, model: PreTrainedModel, path: Path, progress: 
         raise InputError(
             f"{file.path} lacks {min(missing)} ({len(missing)} of {len(wanted)} tensors): download it again"
         )
+
+
+def _check_sizes(file: GgufFile, held: Counter[str | None], wanted: dict[str, Tensor]) -> None:
+    """Refuse settings that make another model than the file's tensors: the result is laid out by the settings."""
+    for name, tensor in wanted.items():
+        if name in held and held[name] != tensor.numel():
+            raise InputError(
+                f"{file.path} holds {held[name]} values for {name}, and its settings say {list(tensor.shape)}: download it again"
+            )
+    described = sum(tensor.numel() for tensor in wanted.values())
+    if described > 2 * held.total() + SLACK:
+        raise InputError(f"{file.path} describes {described} weights and holds {held.total()}: download it again")
 
 
 def read_weights(
@@ -97,7 +113,7 @@ class _Conversion:
     """From tensors as llama.cpp stores them to tensors as the model names and shapes them."""
 
     def __init__(self, file: GgufFile, model: PreTrainedModel, dtype: torch.dtype):
-        self.dtype = dtype
+        self.dtype, self.path = dtype, file.path
         self.processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=model.config.to_dict())
         self.names: dict[str, str] = get_gguf_hf_weights_map(model, self.processor)
         stored = [tensor.name for tensor in file.tensors if tensor.name not in READ_INTO_CONFIG]
@@ -106,6 +122,9 @@ class _Conversion:
                 f"{file.path} holds {unknown[0]}, which transformers {transformers_version} has no place for in a "
                 f"{model.config.model_type} model: pass the model's safetensors folder instead"
             )
+        self.values = Counter[str | None]()  # of each of the model's tensors, how many the file holds
+        for tensor in file.tensors:
+            self.values[self._target(tensor.name)] += math.prod(tensor.shape)
         self.parts = Counter(self._target(name) for name in stored)  # experts' gate and up are one tensor in the model
         self.merged: dict[str, Tensor] = {}
 
@@ -143,7 +162,11 @@ class _Conversion:
     def _process(self, values: np.ndarray, name: str) -> tuple[str | None, np.ndarray]:
         """Undo llama.cpp's change. The name is None if the values went to `merged`."""
         context = {"tensor_key_mapping": self.names, "parsed_parameters": {"tensors": self.merged}}
-        result = self.processor.process(weights=values, name=name, **context)
+        try:
+            result = self.processor.process(weights=values, name=name, **context)
+        except (ValueError, IndexError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
+            reason = f"{name} {list(values.shape)} does not fit its settings ({first_line(error)})"
+            raise InputError(f"{self.path}: {reason}: download it again") from error
         return result.name, result.weights
 
     def _target(self, name: str) -> str | None:

@@ -10,8 +10,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from compress.calib.gradients import GradientPass, LayerGradients, clean
+from compress.calib.gradients import GradientPass, LayerGradients, Span, clean
 from compress.calib.model import Model
+from compress.calib.ranks import ALONE, Ranks
 from compress.errors import RunError
 from compress.files import disk_errors, write_tensors
 from compress.progress import Reporter
@@ -26,6 +27,7 @@ class Gradients:
     run: RunDir
     fields: frozenset[str]  # of LayerStats; empty: no step reads gradients
     every: int  # blocks after which they are taken anew, from what is compressed by then; 0: never
+    ranks: Ranks = ALONE  # who each have a share of the sequences
 
     def span(self, block: int) -> range:
         """The blocks that get their gradients from the same pass as this one."""
@@ -41,17 +43,18 @@ class Gradients:
     def take(self, block: int, tokens: Tensor, hidden: Iterable[Tensor], reporter: Reporter) -> None:
         """The pass due before this block, from where a kill left it; what is on disk is not done again.
 
-        `tokens`: [nsamples, seqlen]; `hidden`: what enters the block, a [1, seqlen, hidden_size] a sequence.
+        `tokens`: [nsamples, seqlen], this rank's share of them; `hidden`: what enters the block, a
+        [1, seqlen, hidden_size] a sequence.
         """
         span = self.span(block)
-        folder = self._folder(span)
-        stored = {index for index in span if self._file(index).exists()}
-        self._tell_earlier(folder.name, stored)
+        folder = self.ranks.own_folder(self._folder(span))
+        stored = set(self.ranks.agree(lambda: [index for index in span if self._file(index).exists()]))
+        self._tell_earlier(self._folder(span).name, stored)
         if len(stored) == len(span):
             clean(folder)
             return
         with disk_errors(folder):
-            one_pass = GradientPass(self.model, tokens, self.fields, span, folder, stored)
+            one_pass = GradientPass(self.model, tokens, self.fields, Span(span, stored), folder, self.ranks)
             with reporter.stage("gradients", one_pass.steps) as stage:
                 started = time.monotonic()
 
@@ -77,8 +80,13 @@ class Gradients:
         return self._folder(self.span(block)) / f"{block:04d}.safetensors"
 
     def _write(self, block: int, gradients: LayerGradients, seconds: float) -> None:
-        tensors = {f"{layer}.{field}": each for layer, fields in gradients.items() for field, each in fields.items()}
-        write_tensors(self._file(block), tensors, {"seconds": repr(seconds)})
+        own = {f"{layer}.{field}": each for layer, fields in gradients.items() for field, each in fields.items()}
+        nothing: list[dict[str, Tensor]] = [{} for _ in range(self.ranks.count - 1)]
+        everyones = self.ranks.exchange([own, *nothing])
+        with self.ranks.first_goes_first():
+            if self.ranks.first:
+                tensors = {name: tensor for each in everyones for name, tensor in each.items()}
+                write_tensors(self._file(block), tensors, {"seconds": repr(seconds)})
         name = self._folder(self.span(block)).name
         self.run.journal.write(event="gradients", gradients=name, blocks=[block], seconds=round(seconds, 3))
 

@@ -5,21 +5,25 @@ same way with every format that is read here: packed linear layers and embedding
 (kernels/inference.py); Conv1D layers and experts' slices are decoded.
 """
 
+import copy
+import math
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compress.calib.skeleton import first_line, quiet
+from compress.calib.model_files import first_line
+from compress.calib.skeleton import load_config, quiet, skeleton
+from compress.calib.weight_files import WeightFiles
 from compress.checkpoint.dense_view import PackedFiles
 from compress.checkpoint.formats import open_weights
 from compress.checkpoint.native import QUANT_METHOD
@@ -28,6 +32,9 @@ from compress.kernels.dispatch import Choice, Preferences, choose
 from compress.kernels.inference import CompressedLinear, LayerParts, PackedEmbedding
 from compress.kernels.joint import JointLinear, JointPart, joinable, joined
 from compress.kernels.weights import PackedWeight
+from compress.model_folder import check_kind
+
+SLACK = 1 << 20  # weights that a file may lack before it is said how many, and not which
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -69,6 +76,7 @@ class CompressQuantizer(HfQuantizer):
             raise InputError(f"config.json of {folder} does not say that it is packed: restore it")
         self.packed = Packed(files, model)
         self.packed.take_out(model)
+        check_room(model, files, files.plain)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         self.packed.put_in(model, Preferences.from_environment(self.quantization_config.prompts))
@@ -245,11 +253,14 @@ def load_model(
     `prompts`: "dense" keeps a decoded copy of each layer for many tokens, "decode" its codes, "packed" nothing more.
     Raises InputError where transformers cannot load it or a tensor is missing.
     """
-    packed = isinstance(open_weights(folder), PackedFiles)
+    files, config = open_weights(folder), load_config(folder)
+    check_kind({file.name for file in folder.iterdir()}, str(folder))
+    empty = skeleton(copy.deepcopy(config), torch.float32, len(files.entries))  # which notes its dtype there
+    if isinstance(files, PackedFiles):
+        config.quantization_config = {"quant_method": QUANT_METHOD, "prompts": prompts}
+    else:
+        check_room(empty, files, files.entries)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        if packed:
-            config.quantization_config = {"quant_method": QUANT_METHOD, "prompts": prompts}
         with quiet():
             model, about = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -273,18 +284,22 @@ def load_model(
     return loaded
 
 
+def check_room(model: nn.Module, files: WeightFiles, names: Iterable[str]) -> None:
+    """Raise InputError where a model has far more parameters than the tensors `names` of its files have elements.
+
+    transformers makes room for what is missing, however large config.json says that it is, and then says what is missing.
+    """
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    held = sum(math.prod(files.entries[name].shape) for name in names)
+    if wanted > 2 * held + SLACK:
+        raise InputError(
+            f"config.json of {files.folder} describes {wanted} weights, and the files hold {held}: download them again"
+        )
+
+
 def _whole(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """Give a dense head its input with plain strides: for a slice of the last token torch copies the head's weight."""
     return (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer. Raises InputError if it does not load."""
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # a damaged file meets whatever the tokenizer's class does with it first
-        raise InputError(f"{folder}: its tokenizer does not load ({first_line(error)}): restore it") from error
-    return tokenizer
 
 
 def compressed_layers(model: nn.Module) -> dict[str, CompressedLinear]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from compress.checkpoint.dense_view import quantization_settings, read_config
 from compress.checkpoint.formats import open_weights
-from compress.errors import InputError
+from compress.errors import InputError, printable
 from compress.report import Report, duration, size, table
 from compress.run_dir import Finished, Journal
 
@@ -23,10 +23,11 @@ def inspect(path: Path) -> Report:
         tables.append(f"{path}: {data['format']}, {size(data['bytes'])} in {data['tensors']} tensors")
     if (run / "log.jsonl").is_file():
         journal = Journal(run / "log.jsonl").read()
-        data |= {"layers": _layers(journal), "seconds": split(journal), "result": Finished(run).read()}
+        data |= {"layers": _layers(journal), "seconds": split(journal), "expected_seconds": expected(journal)}
+        data["result"] = Finished(run).read()
         data["notes"] = notes(journal)
         data["losses"] = {k: v for line in journal if line["event"] == "loss" for k, v in line.items() if "_loss" in k}
-        tables += [_layer_table(data["layers"]), _time_table(data["seconds"])]
+        tables += [_layer_table(data["layers"]), _time_table(data["seconds"], data["expected_seconds"])]
         if data["losses"]:
             tables.append(loss_line(data["losses"]))
         tables += data["notes"]
@@ -69,6 +70,17 @@ def split(journal: list[dict[str, Any]]) -> dict[str, float]:
     return {name: round(value, 2) for name, value in seconds.items()}
 
 
+def within(stage: str) -> bool:
+    """Whether what `split` calls so is part of another stage's seconds."""
+    return stage.startswith(" ")
+
+
+def expected(journal: list[dict[str, Any]]) -> dict[str, float]:
+    """What the run was expected to take, by stage, as it was written down when it began; nothing if it was not."""
+    found: dict[str, float] = next((line["seconds"] for line in journal if line["event"] == "expected"), {})
+    return found
+
+
 def notes(journal: list[dict[str, Any]]) -> list[str]:
     """What went otherwise than asked, and for how many layers; each kind once."""
     layers: dict[str, list[str]] = {}
@@ -76,7 +88,8 @@ def notes(journal: list[dict[str, Any]]) -> list[str]:
         for note in [*line.get("notes", ()), *([line["note"]] if "note" in line else [])]:
             layers.setdefault(note, []).append(line.get("layer") or line.get("file", ""))
     return [
-        f"note: {note} ({names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)})" for note, names in layers.items()
+        printable(f"note: {note} ({names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)})")
+        for note, names in layers.items()
     ]
 
 
@@ -99,5 +112,12 @@ def _layer_table(layers: list[dict[str, Any]]) -> Any:
     return table("", titles, rows)
 
 
-def _time_table(seconds: dict[str, float]) -> Any:
-    return table("", ["where the time went", ""], [[name, duration(value)] for name, value in seconds.items()])
+def _time_table(seconds: dict[str, float], expected: dict[str, float]) -> Any:
+    if not expected:
+        return table("", ["where the time went", ""], [[name, duration(value)] for name, value in seconds.items()])
+    whole = [sum(value for name, value in each.items() if not within(name)) for each in (seconds, expected)]
+    rows = [
+        [name, *("" if value is None else duration(value) for value in (seconds.get(name), expected.get(name)))]
+        for name in dict.fromkeys([*seconds, *expected])
+    ]
+    return table("", ["where the time went", "", "expected"], [*rows, ["all of it", *map(duration, whole)]])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compress.allocate.spread import Trial, TrialOptions
 from compress.calib.gradients import FIELDS
-from compress.calib.hidden import HiddenStates
+from compress.calib.hidden import HiddenStates, Sequences
 from compress.calib.layers import Layer
 from compress.calib.model import Block, Model
 from compress.calib.observe import observe, shared_inputs
@@ -99,7 +99,7 @@ def _observed_blocks(
         for block in model.blocks():
             shared = shared_inputs(block, hidden[0])
             layers = [layer for layer in block.layers if layer.name in shared]
-            stats = observe(block, layers, hidden, needs, shared)
+            stats = observe(block, layers, Sequences(hidden), needs, shared)
             for layer in layers:
                 _require_finite(layer, stats[layer.name], model.dtype)
             yield block, layers, stats

@@ -1,12 +1,13 @@
 """Is a folder a model this package can work on? Asked before anything long begins, answered in one line."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers import __version__ as transformers_version
 
+from compress.calib.model_files import check_text_files, read_object
+from compress.calib.skeleton import load_config
 from compress.calib.weight_files import WeightFiles
 from compress.errors import InputError
 
@@ -23,6 +24,7 @@ TOKENIZER_FILES = (
 def check_model_folder(folder: Path) -> None:
     """Raise InputError unless the folder holds a causal language model: config.json, whole safetensors, a tokenizer."""
     check_kind({path.name for path in folder.iterdir()}, str(folder))
+    check_text_files(folder)
     check_config(folder / "config.json", str(folder))
     WeightFiles(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -33,13 +35,13 @@ def check_model_folder(folder: Path) -> None:
 
 def check_kind(names: set[str], where: str) -> None:
     """Raise InputError if these file names are those of an adapter, a pipeline or GGUF files, not of a model."""
+    if "adapter_config.json" in names:  # beside a model as well: transformers would add it to the weights, unasked
+        raise InputError(
+            f"{where} is a PEFT adapter, or holds one: merge it into its base model (peft's merge_and_unload), "
+            "save that, and pass the saved folder; or take adapter_config.json away"
+        )
     if "config.json" in names:
         return
-    if "adapter_config.json" in names:
-        raise InputError(
-            f"{where} is a PEFT adapter, not a model: merge it into its base model (peft's merge_and_unload), "
-            "save that, and pass the saved folder"
-        )
     if "model_index.json" in names:
         raise InputError(f"{where} is a diffusers pipeline, not a language model: pass a causal language model")
     if ggufs := sorted(name for name in names if name.endswith(".gguf")):
@@ -49,7 +51,7 @@ def check_kind(names: set[str], where: str) -> None:
 
 def check_config(path: Path, where: str) -> None:
     """Raise InputError unless config.json describes a causal language model that transformers has its own code for."""
-    settings = _read(path, where)
+    settings = read_object(path)
     model_type = settings.get("model_type")
     if not isinstance(model_type, str):
         raise InputError(f"config.json of {where} names no model_type: restore or download it again")
@@ -63,23 +65,7 @@ def check_config(path: Path, where: str) -> None:
             f"transformers {transformers_version} has no model_type {model_type} ({where}): "
             "upgrade with `pip install -U transformers`"
         )
-    try:
-        config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # each configuration class checks its own values and raises its own errors
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"config.json of {where} is damaged ({reason}): restore or download it again") from error
-    _check_causal(config, settings, where)
-
-
-def _read(path: Path, where: str) -> dict[str, Any]:
-    """config.json as a dictionary."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"config.json of {where} is damaged ({error}): restore or download it again") from error
-    if not isinstance(settings, dict):
-        raise InputError(f"config.json of {where} is damaged (no JSON object): restore or download it again")
-    return settings
+    _check_causal(load_config(path.parent), settings, where)
 
 
 def _check_causal(config: Any, settings: dict[str, Any], where: str) -> None:

@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 from compress.blocks import compress_blocks, finished_blocks
+from compress.calib.allocator import map_large, return_freed
 from compress.calib.data import calibration_windows
 from compress.calib.model import Model
+from compress.calib.ranks import ALONE, Ranks
 from compress.calib.self_text import self_generated_windows
 from compress.calib.weight_files import WeightFiles
 from compress.checkpoint.formats import open_weights
 from compress.checkpoint.native import Contents, decode
 from compress.checkpoint.save import Saver, lacking
 from compress.clock import peak_rss_bytes
+from compress.costs import Costs
 from compress.files import sha256, write_json
 from compress.head import HEAD, compress_head
 from compress.measure import DenseModel, measure, measure_whole, measures
@@ -43,28 +46,30 @@ def open_model(folder: Path, dtype: str = "auto", device: str = "cpu") -> Model:
 
 
 def compress(
-    recipe: Recipe, folder: Path, out: Path, reporter: Reporter, device: str = "cpu", shared: Shared | None = None
+    recipe: Recipe, folder: Path, out: Path, reporter: Reporter, ranks: Ranks = ALONE, shared: Shared | None = None
 ) -> dict[str, Any]:
     """Run a recipe on the model in `folder` and write its checkpoint to `out`; resume if `out` holds the same run.
 
+    All of `ranks` call this. They share the loop over blocks; what is not in it the first does while the others wait.
     `shared`: where runs of the same model keep what they have in common (RunDir).
 
     Returns the figures of the run: checkpoint, format, dense_bytes, compressed_bytes, bits_per_weight, sparsity,
-    seconds (finished blocks of earlier sittings included), peak_rss_bytes (of this process); predicted_loss and
+    seconds (finished blocks of earlier sittings included), peak_rss_bytes (of one rank); predicted_loss and
     measured_loss where the plan is made of trials; recovery where there is one, a line for each method that trains.
     Raises InputError for a request that cannot be met, RunError where a run cannot go on; what is finished stays.
     """
+    map_large()
     started = time.monotonic()
     steps = find_steps(recipe)
-    model = open_model(folder, recipe.dtype, device)
+    model = open_model(folder, recipe.dtype, ranks.device)
     if prunes_whole_model(recipe):
         prepare(recipe, model)
     prepare_recovery(recipe)
     layers, head = plan_layers(model, recipe), plan_head(model, recipe)
     dense = {"dense_bytes": dense_bytes(model), "parameters": n_parameters(model)}
-    run = RunDir(out / "run", recipe, _fingerprint(model), shared)
+    run = RunDir(out / "run", recipe, _fingerprint(model), shared, ranks)
     try:
-        if (done := _finished_before(run, out, folder, reporter)) is not None:
+        if (done := ranks.agree(lambda: _finished_before(run, out, folder, reporter))) is not None:
             return done
         _tell_unused(model, run, reporter)
         run.journal.write(event="opened", seconds=round(time.monotonic() - started, 3))
@@ -72,10 +77,12 @@ def compress(
         pruned: dict[str, Any] = {}
         if prunes_whole_model(recipe):
             model, layers, pruned = _smaller(recipe, model, run, reporter)
-        compress_head(model, head, run)
+        with ranks.first_goes_first():
+            compress_head(model, head, run)
         layers, prediction = allocate(model, recipe, layers, run, reporter)
         format_name, reason = plan_format(model, recipe, layers)
         reporter.say(f"writing the {format_name} format: {reason}")
+        _expect(Costs(model, recipe, layers), run)
         work = Work(
             model,
             steps,
@@ -89,22 +96,38 @@ def compress(
         )
         compress_blocks(work, _tokens(model, recipe, run, reporter) if work.needs else None, reporter)
         run.lend_blocks()
-        recovery = Recovery(recipe, work, partial(open_model, folder, recipe.dtype, device), reporter)
-        recovered = {"recovery": recovery.run()} if recipe.recover else {}
-
-        result: dict[str, Any] = {"checkpoint": str(out), "format": format_name, **dense}
-        result |= _totals(work, recipe) | pruned | recovered
-        _write(out, work, recipe, result)
-        if prediction is not None:
-            result |= _losses(work, recipe, prediction, reporter)
-        result["seconds"] = round(time.monotonic() - started + _earlier_seconds(run), 2)
-        result["peak_rss_bytes"] = max(peak_rss_bytes(), recovery.peak)
-        run.journal.write(event="done", **result)
-        Finished(run.path).update(result)
-        run.drop_blocks()
-        return result
+        so_far = {"checkpoint": str(out), "format": format_name, **dense, **pruned}
+        so_far["peak_rss_bytes"] = max(ranks.gather(peak_rss_bytes()))
+        recovery = Recovery(recipe, work, partial(open_model, folder, recipe.dtype, ranks.device), reporter)
+        recovered = {"recovery": recovery.run(), **recovery.for_dense()} if recipe.recover else {}
+        return ranks.agree(lambda: _conclude(out, recovery, prediction, so_far | recovered, started))
     finally:
         run.close()
+
+
+def _expect(costs: Costs, run: RunDir) -> None:
+    """Note in the journal what the run will take, when it begins: `compress inspect` has it beside what it took."""
+    if run.ranks.first and not any(line["event"] == "expected" for line in run.journal.read()):
+        seconds = {name: round(value, 2) for name, value in costs.seconds().items()}
+        run.journal.write(event="expected", seconds=seconds, peak_rss_bytes=costs.peak_bytes())
+        return_freed()
+
+
+def _conclude(
+    out: Path, recovery: Recovery, prediction: "Prediction | None", so_far: dict[str, Any], started: float
+) -> dict[str, Any]:
+    """From finished blocks to a checkpoint and its figures."""
+    recipe, work, run = recovery.recipe, recovery.work, recovery.work.run
+    result = {**_totals(work, recipe), **so_far}
+    _write(out, work, recipe, result)
+    if prediction is not None:
+        result |= _losses(work, recipe, prediction, recovery.reporter)
+    result["seconds"] = round(time.monotonic() - started + _earlier_seconds(run), 2)
+    result["peak_rss_bytes"] = max(so_far["peak_rss_bytes"], peak_rss_bytes(), recovery.peak)
+    run.journal.write(event="done", **result)
+    Finished(run.path).update(result)
+    run.drop_blocks()
+    return result
 
 
 def _write(out: Path, work: Work, recipe: Recipe, result: dict[str, Any]) -> None:
@@ -124,6 +147,7 @@ def _finished_before(run: RunDir, out: Path, folder: Path, reporter: Reporter) -
     if (done := Finished(run.path).read()) is None:
         return None
     if (lost := lacking(out, folder, done)) is None:
+        run.drop_blocks()  # of a sitting that was killed before it did
         reporter.say(f"{out} is finished already: these are its figures")
         return done
     reporter.say(f"{out} was finished, but {lost} is missing or damaged: it is made again")
@@ -134,7 +158,7 @@ def _smaller(
     recipe: Recipe, model: Model, run: RunDir, reporter: Reporter
 ) -> tuple[Model, list[PlannedLayer], dict[str, Any]]:
     """What a method that prunes whole models leaves of one, the plan of its layers, and figures of the pruning."""
-    figures = prune_whole_model(recipe, model, run, reporter)
+    figures = run.ranks.agree(lambda: prune_whole_model(recipe, model, run, reporter))
     model = open_model(run.path / PRUNED, recipe.dtype, model.device)
     return model, plan_layers(model, after_pruning(recipe)), figures
 
@@ -193,8 +217,9 @@ def allocate(
     if not measures(recipe):
         return layers, None
 
+    tokens = _tokens(model, recipe, run, reporter)
+
     def measured() -> dict[str, Tensor]:
-        tokens = _tokens(model, recipe, run, reporter)
         reporter.say(f"measuring the dense model, for {recipe.target.allocate} to say what each layer becomes")
         started = time.monotonic()
         figures = measure(DenseModel(model, layers, run, reporter), recipe, tokens)
@@ -202,16 +227,18 @@ def allocate(
         run.journal.write(event="measured", seconds=round(time.monotonic() - started - sum(own_lines), 3))
         return figures
 
-    found = run.once("measured", measured)
+    with run.ranks.first_goes_first():
+        found = run.once("measured", measured)
     layers = allocated(model, recipe, layers, found["measured"])
-    write_json(run.path / "plan.json", {layer.name: asdict(layer.plan) for layer in layers})
+    if run.ranks.first:
+        write_json(run.path / "plan.json", {layer.name: asdict(layer.plan) for layer in layers})
     loss = predicted_loss(layers, recipe, found["measured"])
     return layers, None if loss is None else Prediction(loss, found["outputs"])
 
 
 def _losses(work: Work, recipe: Recipe, prediction: Prediction, reporter: Reporter) -> dict[str, float]:
     """The loss that the plan was said to come to, and that of what it became, with a line in the journal."""
-    started, tokens = time.monotonic(), _tokens(work.model, recipe, work.run, reporter)
+    started, tokens = time.monotonic(), work.run.once("tokens", dict)["tokens"]  # which the prediction is made of
     measured = measure_whole(work.model, finished_blocks(work), recipe, tokens, prediction.outputs)
     found = {"predicted_loss": prediction.loss, "measured_loss": measured}
     work.run.journal.write(event="loss", seconds=round(time.monotonic() - started, 3), **found)
@@ -241,9 +268,11 @@ def _tokens(model: Model, recipe: Recipe, run: RunDir, reporter: Reporter) -> Te
             windows = _own_text(model, calib, reporter)
         else:
             windows = calibration_windows(calib.source, model.tokenizer, calib.nsamples, calib.seqlen, calib.seed)
+        return_freed()  # tokenizers make much of a text
         return {"tokens": windows}
 
-    return run.once("tokens", sample)["tokens"]
+    with run.ranks.first_goes_first():
+        return run.once("tokens", sample)["tokens"]
 
 
 def _own_text(model: Model, calib: Calibration, reporter: Reporter) -> Tensor:

@@ -307,7 +307,7 @@ def read_recipe(file: Path | None, flags: dict[str, Any]) -> Recipe:
             raise InputError(f"there is no recipe {file}") from error
         except OSError as error:
             raise InputError(f"cannot read the recipe {file}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise InputError(f"{file} is not a TOML recipe: {error}") from error
     try:
         return Recipe.model_validate(merged(values, flags))

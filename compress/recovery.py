@@ -90,6 +90,9 @@ class Learner(ABC):
     def groups(self) -> list[ParameterGroup]:
         """What Adam updates."""
 
+    def complete_gradients(self) -> None:  # noqa: B027 - most have nothing to complete
+        """What follows once the gradients of a step are summed, before they are clipped."""
+
     def update(self, progress: float, lr: float) -> Mapping[str, float]:
         """What follows Adam's step, gradients still there. `progress`: 0 to 1; `lr`: of this step. Returns figures of it."""
         return {}

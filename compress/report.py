@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from compress.errors import printable
+
 _NUMERIC = {"", *"-.0123456789"}  # how a number's cell starts, or one left empty
 
 
@@ -27,7 +29,7 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
         numbers = all(row[index][:1] in _NUMERIC for row in rows)
         made.add_column(column, justify="right" if numbers and index else "left", no_wrap=index == 0)
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*map(printable, row))  # names in them may come from a file
     return made
 
 
@@ -50,6 +52,16 @@ def duration(seconds: float) -> str:
 def number(value: float) -> str:
     """Two decimals, or the magnitude of what is beyond all use."""
     return f"{value:.2f}" if value < 1e4 else f"{value:.0e}"
+
+
+def with_error(value: float, se: float | None, digits: int) -> str:
+    """A value with its standard error, if it has one."""
+    return f"{value:.{digits}f}" + ("" if se is None else f" ± {se:.{digits}f}")
+
+
+def percent(share: float, se: float | None) -> str:
+    """The same for a share of 1."""
+    return with_error(100 * share, None if se is None else 100 * se, 2) + " %"
 
 
 def show(report: Report, as_json: bool) -> None:

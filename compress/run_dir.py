@@ -19,6 +19,7 @@ made of them is on disk.
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -31,9 +32,11 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
+from compress.calib.ranks import ALONE, Ranks
 from compress.calib.weight_files import read_all
 from compress.errors import InputError, RunError
 from compress.files import disk_errors, replace_file, sha256, write_json, write_tensors, write_text
+from compress.journal_lines import check_line
 from compress.recipe import Recipe, read_recipe
 
 MEND = "take another --out, or remove it to start over"
@@ -52,25 +55,34 @@ class RunDir:
     """One run's folder, locked against a second process while it is open.
 
     `shared`: a folder in which runs keep what they have in common, under a name made of the model, its dtype, the
-    calibration and the bits of its head; held while the run is open as well. Raises RunError if another process holds
-    either, InputError if the folder belongs to another recipe or model.
+    calibration and the bits of its head; held while the run is open as well. Of several `ranks` the first claims the
+    folder, before the others open it, and keeps the journal. Raises RunError if another process holds either folder,
+    InputError if it belongs to another recipe or model.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, fingerprint: dict[str, Any], shared: Shared | None = None):
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        recipe: Recipe,
+        fingerprint: dict[str, Any],
+        shared: Shared | None = None,
+        ranks: Ranks = ALONE,
+    ):
+        self.path, self.ranks = path, ranks
         self.blocks = path / "blocks"
         self._shared = None if shared is None else shared.folder / _common_name(recipe, fingerprint)
         named = None if shared is None else shared.blocks
         self._common_blocks = None if self._shared is None or named is None else self._shared / "blocks" / named
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(held(path))
-            if self._shared is not None:
-                stack.enter_context(held(self._shared))
-            with disk_errors(path):
-                self.blocks.mkdir(exist_ok=True)
-            self._claim(recipe, fingerprint)
+        with contextlib.ExitStack() as stack, ranks.first_goes_first():
+            if ranks.first:
+                stack.enter_context(held(path))
+                if self._shared is not None:
+                    stack.enter_context(held(self._shared))
+                with disk_errors(path):
+                    self.blocks.mkdir(exist_ok=True)
+                self._claim(recipe, fingerprint)
             self._locks = stack.pop_all()
-        self.journal = Journal(path / "log.jsonl")
+        self.journal = Journal(path / "log.jsonl", silent=not ranks.first)
 
     def _claim(self, recipe: Recipe, fingerprint: dict[str, Any]) -> None:
         check_claim(self.path, recipe, fingerprint["model"])
@@ -112,7 +124,7 @@ class RunDir:
         try:
             said = json.loads(mark.read_text())
             wanted, _ = said["sha256"], said["figures"]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return False
         if data.is_file() and sha256(data) == wanted:
             return True
@@ -128,8 +140,12 @@ class RunDir:
 
     def restore(self, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors and the manifest that `save` was given."""
-        tensors, metadata = read_all(self._block(key)[0])
-        return tensors, json.loads(metadata["manifest"])
+        file = self._block(key)[0]
+        try:
+            tensors, metadata = read_all(file)
+            return tensors, json.loads(metadata["manifest"])
+        except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
+            raise RunError(f"{file} is damaged ({error}): remove it, and the same command makes it again") from error
 
     def figures(self, key: str) -> dict[str, Any]:
         """The figures that `save` was given."""
@@ -161,7 +177,8 @@ def held(path: Path) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path / "lock")
     try:
-        lock.acquire(timeout=0)
+        with disk_errors(path):
+            lock.acquire(timeout=0)
     except Timeout as error:
         raise RunError(f"{path} is in use by another process: wait for it, or take another --out") from error
     try:
@@ -231,19 +248,23 @@ class Finished:
 
 
 class Journal:
-    """log.jsonl: one JSON object a line, flushed at once. A line cut short by a kill is removed on opening."""
+    """log.jsonl: one JSON object a line, flushed at once. A line cut short by a kill is removed on opening.
 
-    def __init__(self, path: Path):
-        self.path = path
-        if path.exists():
+    `silent`: another rank writes, and this one leaves the file alone.
+    """
+
+    def __init__(self, path: Path, silent: bool = False):
+        self.path, self.silent = path, silent
+        if path.exists() and not silent:
             text = path.read_bytes()
-            whole = text[: text.rfind(b"\n") + 1]
-            if len(whole) != len(text):
-                path.write_bytes(whole)
+            if text and not text.endswith(b"\n"):
+                os.truncate(path, text.rfind(b"\n") + 1)  # in place: a kill while all is written anew would lose it
         self._opened_at = path.stat().st_size if path.exists() else 0
 
     def write(self, **values: Any) -> None:
         """Append one line; seconds since the epoch are added."""
+        if self.silent:
+            return
         with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
 
@@ -263,10 +284,10 @@ class Journal:
 
 def _journal_line(line: bytes) -> dict[str, Any]:
     """One line; of a damaged one only that it is, since figures are not worth a finished run."""
-    with contextlib.suppress(ValueError):
-        values = json.loads(line)
-        if isinstance(values, dict) and "event" in values:
-            return values
+    with contextlib.suppress(ValueError, RecursionError):
+        values: dict[str, Any] = json.loads(line)
+        check_line(values)
+        return values
     return {"event": "damaged", "file": "log.jsonl", "note": "a line of the journal is damaged and left out"}
 
 
@@ -274,7 +295,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises RunError if it is none."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{file} is damaged ({error}): remove it and run the same command again") from error
     if not isinstance(values, dict):
         raise RunError(f"{file} is damaged (no JSON object): remove it and run the same command again")

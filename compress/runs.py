@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from compress.calib.ranks import Ranks
 from compress.calib.texts import check_source
 from compress.checkpoint.writer import remove_checkpoint
 from compress.clock import forget_peak
@@ -196,7 +197,7 @@ def _figures(bench: Bench, run: Run, blocks: str | None) -> dict[str, Any]:
         forget_peak()
         own_model = prunes_whole_model(run.recipe)  # then its blocks are of another model
         shared = None if own_model else Shared(bench.shared, blocks)
-        result = compress(run.recipe, bench.model, run.folder, bench.reporter, bench.device, shared)
+        result = compress(run.recipe, bench.model, run.folder, bench.reporter, Ranks(device=bench.device), shared)
     found = _perplexity(bench, run.folder, record, {}) | _speed(bench, run.folder, record)
     if disposable.exists():
         remove_checkpoint(run.folder)

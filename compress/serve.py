@@ -3,11 +3,15 @@
 transformers' handlers answer; what is ours is the model they are given, limits, and errors of requests said as such.
 """
 
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
+import uvicorn
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
@@ -19,6 +23,8 @@ from transformers.cli.serving.utils import GenerateManager, GenerationState
 
 from compress.errors import RunError
 from compress.serve_guard import App, Guard
+
+CUT = 130  # exit code of a server that did not finish what was begun
 
 
 @dataclass(frozen=True)
@@ -151,10 +157,21 @@ def build_app(name: str, model: Any, tokenizer: Any, options: ServeOptions) -> A
     return Guard(app, options.api_key, options.max_bytes)
 
 
-def serve(name: str, model: Any, tokenizer: Any, options: ServeOptions) -> None:
-    """Serve until stopped. Raises RunError if the port cannot be had."""
-    import uvicorn
+class _Server(uvicorn.Server):
+    """uvicorn's, whose second signal does not wait."""
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal lets it finish what was begun. At the second the process is over: threads may be in torch."""
+        if self.should_exit:
+            os._exit(CUT)
+        super().handle_exit(sig, frame)
+
+
+def serve(name: str, model: Any, tokenizer: Any, options: ServeOptions) -> None:
+    """Serve until SIGTERM or Ctrl-C, then finish the answers begun and return; at a second one end the process.
+
+    A thread may still be at an answer that nobody waits for. Raises RunError if the port cannot be had.
+    """
     config = uvicorn.Config(
         build_app(name, model, tokenizer, options),
         host=options.host,
@@ -162,7 +179,10 @@ def serve(name: str, model: Any, tokenizer: Any, options: ServeOptions) -> None:
         log_level="warning",
         limit_concurrency=options.max_requests,
     )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        uvicorn.Server(config).run()
+        _Server(config).run()
+    except KeyboardInterrupt:  # it raises the signal that stopped it once more when all is done
+        return
     except SystemExit as error:  # uvicorn has said which address is in use
         raise RunError(f"cannot listen on {options.host}:{options.port}: choose another --port") from error

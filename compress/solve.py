@@ -1,13 +1,16 @@
 """Take the layers that read one input through every step, with a line in the journal for each."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
+from typing import Any
 
 import torch
 
 from compress.activations import Prepared
+from compress.calib.allocator import return_freed
 from compress.calib.layers import Layer
 from compress.calib.stats import LayerStats, make_up
 from compress.checkpoint.formats import as_held
@@ -16,7 +19,7 @@ from compress.steps import Step
 from compress.task import LayerTask, split, stacked
 from compress.work import Finished, Work, stored_layer
 
-WEIGHTS_AT_ONCE = 2**22  # of a step that treats each row alone: more would leave the cache, and take memory
+WEIGHTS_AT_ONCE = 2**22  # of layers that are solved together: more would leave the cache, and take memory
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,39 @@ class Reader:
     prepared: Prepared | None  # None: the input stays as it is
 
 
-def compress_layers(work: Work, readers: Sequence[Reader]) -> list[Finished]:
-    """Take layers that read one input through every step and install what comes out."""
-    tasks = [_task(work, reader) for reader in readers]
+@dataclass(frozen=True)
+class _Begun:
+    """A layer before its first step, without what is known of its drift: that has been made up for."""
+
+    layer: Layer
+    prepared: Prepared | None
+    task: LayerTask
+
+
+def compress_layers(work: Work, readers: Iterable[Reader]) -> list[Finished]:
+    """Take layers that read one input through every step and install what comes out.
+
+    Small ones together, large ones one after another: several states of a layer's float32 weight are in memory.
+    """
+    begun, finished = map(partial(_begin, work), readers), list[Finished]()
+    while done := _compress(work, _some(begun)):
+        finished += done
+        return_freed()
+    return finished
+
+
+def _some(begun: Iterator[_Begun]) -> list[_Begun]:
+    """The next of them, up to so many weights."""
+    some: list[_Begun] = []
+    while sum(each.task.weight.numel() for each in some) < WEIGHTS_AT_ONCE and (one := next(begun, None)) is not None:
+        some.append(one)
+    return some
+
+
+def _compress(work: Work, begun: Sequence[_Begun]) -> list[Finished]:
+    """Take layers through every step and install what comes out."""
+    journals: list[list[dict[str, Any]]] = [[] for _ in begun]
+    tasks = [each.task for each in begun]
     energies = [task.stats.output_energy(task.original) for task in tasks]
     errors = [0.0] * len(tasks)
     for step in work.of_layers:
@@ -47,13 +80,13 @@ def compress_layers(work: Work, readers: Sequence[Reader]) -> list[Finished]:
                 raise RunError(
                     f"{step.name} made NaN or infinity of {task.name}: use more calibration samples or damping"
                 )
-            work.run.journal.write(
-                event="layer", layer=task.name, step=step.stage, method=step.name,
-                seconds=round(seconds * task.weight.numel() / n_weights, 4), error=errors[index],
-                error_on=task.stats.measured_on, density=_density(task), bits=_bits(work, task, readers[index].layer),
-                notes=task.notes[before:],
-            )  # fmt: skip
-    return [_install(work, *each) for each in zip(readers, tasks, errors, strict=True)]
+            journals[index].append({
+                "event": "layer", "layer": task.name, "step": step.stage, "method": step.name,
+                "seconds": round(seconds * task.weight.numel() / n_weights, 4), "error": errors[index],
+                "error_on": task.stats.measured_on, "density": _density(task),
+                "bits": _bits(work, task, begun[index].layer), "notes": task.notes[before:],
+            })  # fmt: skip
+    return [_install(work, *each) for each in zip(begun, tasks, errors, journals, strict=True)]
 
 
 def run_step(step: Step, tasks: Sequence[LayerTask]) -> list[LayerTask]:
@@ -63,7 +96,7 @@ def run_step(step: Step, tasks: Sequence[LayerTask]) -> list[LayerTask]:
     done: list[LayerTask] = []
     for _, alike in groupby(tasks, key=lambda task: (task.plan, task.keep is None)):
         several = list(alike)
-        if several[0].keep is None and several[0].plan.sparsity:  # a mask still to be chosen compares rows
+        if several[0].keep is None and several[0].plan.compares_rows:  # a mask is still to be chosen
             done += [step.run(task) for task in several]
             continue
         pieces = [step.run(stacked(chunk)) for chunk in _chunks(several)]
@@ -90,7 +123,7 @@ def _chunks(tasks: Sequence[LayerTask]) -> Iterator[list[LayerTask]]:
         yield chunk
 
 
-def _task(work: Work, reader: Reader) -> LayerTask:
+def _begin(work: Work, reader: Reader) -> _Begun:
     """The layer as it comes, checked."""
     layer, stats, prepared = reader.layer, reader.stats, reader.prepared
     weight = layer.weight.float().contiguous()
@@ -106,20 +139,21 @@ def _task(work: Work, reader: Reader) -> LayerTask:
     weight = weight if prepared is None else prepared.folded(weight)
     if plan.changes:  # a layer that nothing is asked of stays as it came, to the last bit
         weight = make_up(stats, weight, work.drift)
+    stats = replace(stats, drift=None, drift_sum=None)
     task = LayerTask(layer.name, weight, weight, stats, plan, work.model.dtype, adapter_bits=work.adapter_bits)
     if work.needs and not stats.n_tokens:
         task = task.noted(
             "no calibration token reached this layer, so its inputs count as white noise: use more samples"
         )
-    return task
+    return _Begun(layer, prepared, task)
 
 
-def _install(work: Work, reader: Reader, task: LayerTask, error: float) -> Finished:
-    layer = reader.layer
+def _install(work: Work, begun: _Begun, task: LayerTask, error: float, journal: list[dict[str, Any]]) -> Finished:
+    layer = begun.layer
     layer.install(task.weight)
-    inputs = None if reader.prepared is None or task.packed is None else reader.prepared.quantizer
+    inputs = None if begun.prepared is None or task.packed is None else begun.prepared.quantizer
     layer.quantize_inputs(inputs)
-    return Finished(layer, task.packed, task.keep, _bits(work, task, layer), error, inputs, task.correction)
+    return Finished(layer, task.packed, task.keep, _bits(work, task, layer), error, inputs, task.correction, journal)
 
 
 def _error(task: LayerTask, energy: float) -> float:

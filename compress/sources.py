@@ -38,7 +38,7 @@ def resolve_model(
     hub's branch, tag or commit. `progress` is told (tensors done, tensors in all) while a GGUF file is imported.
     Raises InputError, one line with the mend, for whatever is not a causal language model in safetensors form.
     """
-    path = Path(name).expanduser()
+    path = _expanded(name)
     cache = cache_dir or Path(platformdirs.user_cache_dir("compress-llm"))
     alias = name.lower()
     if path.is_dir() and (alias not in aliases() or (path / "config.json").is_file()):
@@ -55,6 +55,14 @@ def resolve_model(
         raise InputError(f"{name} is not on the hub, so it has no revision {revision}: leave out the revision")
     check_model_folder(folder)
     return folder
+
+
+def _expanded(name: str) -> Path:
+    """A path with its ~ replaced. Raises InputError where that is nobody's."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"no model {name}: {error}") from error
 
 
 def _unknown(name: str) -> str:

@@ -39,6 +39,7 @@ class Step:
     rows_alone: bool = (
         False  # once the mask is there, no output depends on another: layers of one input are solved as one
     )
+    matrices: int = 0  # [in, in], that it holds at once beside the Hessian
 
     def applies(self, plan: LayerPlan) -> bool:
         """Whether a layer's plan asks for anything that this step does."""
@@ -143,7 +144,8 @@ def _step(recipe: Recipe, stage: str, name: str) -> Step:
     verb = verb_of(stage, method)
     others = (_quantizer(recipe, name),) if verb == "recover_layer" else ()
     run, alone = _bound(getattr(method, verb), options, *others), getattr(method, "ROWS_ALONE", False)
-    return Step(stage, name, frozenset(needs), options, run, _flops(method, options), alone)
+    matrices = getattr(method, "MATRICES", int("hessian" in needs))
+    return Step(stage, name, frozenset(needs), options, run, _flops(method, options), alone, matrices)
 
 
 def _quantizer(recipe: Recipe, reader: str) -> Callable[[LayerTask], LayerTask]:

@@ -231,7 +231,8 @@ def _require_buildable(model: Model, structures: Structures) -> None:
     smallest = {kind.name: kind.widths[0] for kind in structures.kinds}
     keep = {kind.name: torch.arange(kind.size) < smallest[kind.name] for kind in structures.kinds}
     sizes = with_sizes(model.config.to_dict(), structures.sizes(smallest))
-    built, state = skeleton(type(model.config).from_dict(sizes), model.dtype), model.lm.state_dict()
+    state, config = model.lm.state_dict(), type(model.config).from_dict(sizes)
+    built = skeleton(config, model.dtype, len(state))
     for name, tensor in built.state_dict().items():
         left = state[name].to("meta")
         if name.startswith(model.path + "."):

@@ -30,6 +30,11 @@ class LayerPlan:
         """Whether anything is asked for that changes the weights."""
         return self.wbits < 16 or self.sparsity > 0
 
+    @property
+    def compares_rows(self) -> bool:
+        """Whether a mask is asked for in which outputs may depend on one another: n:m alone is each output's own."""
+        return self.sparsity > 0 and self.pattern is None
+
     def group_of(self, in_features: int) -> int:
         """How many inputs of a layer share a scale: a layer with fewer than `group_size` is one group."""
         return in_features if self.group_size == -1 else min(self.group_size, in_features)
@@ -94,11 +99,14 @@ def stacked(tasks: Sequence[LayerTask]) -> LayerTask:
 def split(pieces: Sequence[LayerTask], tasks: Sequence[LayerTask]) -> list[LayerTask]:
     """The inverse: what became of `tasks`, from packed `pieces` whose rows are theirs in order."""
     packed = stacked_rows([piece.packed for piece in pieces if piece.packed is not None])
+    keeps = [piece.keep for piece in pieces if piece.keep is not None]
+    keep = torch.cat(keeps) if keeps else None
     done, start = [], 0
     for task in tasks:
         which = slice(start, start + len(task.weight))
         notes = dict.fromkeys(note for piece in pieces for note in piece.notes)
-        done.append(replace(task, notes=(*task.notes, *notes)).quantized(packed.rows(which)))
+        own = replace(task, keep=None if keep is None else keep[which], notes=(*task.notes, *notes))
+        done.append(own.quantized(packed.rows(which)))
         start = which.stop
     return done
 

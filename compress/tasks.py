@@ -10,9 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
-from compress.calib.skeleton import first_line
+from compress.calib.model_files import first_line
+from compress.calib.skeleton import load_tokenizer
 from compress.errors import CompressError, InputError
-from compress.hf import load_model, load_tokenizer
+from compress.hf import load_model
 from compress.progress import Reporter
 
 
@@ -40,10 +41,18 @@ class TaskResults:
     raw: dict[str, Any]
 
 
-def require_tasks() -> None:
-    """Raise InputError where lm-eval is missing."""
+def check_tasks(request: TaskRequest) -> Any:
+    """lm-eval's manager that knows these tasks. Raises InputError where lm-eval or a task is missing. Reads no data."""
     if find_spec("lm_eval") is None:
         raise InputError('--tasks takes lm-eval: pip install "compress-llm[eval]"')
+    from compress.harness import find_tasks
+
+    if request.include_path is not None and not request.include_path.is_dir():
+        raise InputError(f"--include-path {request.include_path} is no folder: give one that holds tasks' YAML files")
+    manager, unknown = find_tasks(list(request.names), request.include_path)
+    if unknown:
+        raise InputError(f"lm-eval knows no task {unknown[0]}: `lm_eval ls tasks` lists them; --include-path adds some")
+    return manager
 
 
 def run_tasks(folder: Path, request: TaskRequest, device: str, reporter: Reporter) -> TaskResults:
@@ -51,15 +60,9 @@ def run_tasks(folder: Path, request: TaskRequest, device: str, reporter: Reporte
 
     Raises InputError for tasks that are not known or whose data is out of reach.
     """
-    require_tasks()
-    from compress.harness import find_tasks, harness_results
+    manager, names = check_tasks(request), list(request.names)
+    from compress.harness import harness_results
 
-    if request.include_path is not None and not request.include_path.is_dir():
-        raise InputError(f"--include-path {request.include_path} is no folder: give one that holds tasks' YAML files")
-    names = list(request.names)
-    manager, unknown = find_tasks(names, request.include_path)
-    if unknown:
-        raise InputError(f"lm-eval knows no task {unknown[0]}: `lm_eval ls tasks` lists them; --include-path adds some")
     reporter.say(f"tasks of lm-eval: {', '.join(names)}")
     model, tokenizer = load_model(folder, "dense", device), load_tokenizer(folder)
     sizes = {"limit": request.limit, "batch_size": request.batch_size, "max_length": request.max_length}

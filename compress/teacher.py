@@ -12,6 +12,7 @@ from torch import Tensor
 
 from compress.calib.gradients import Records
 from compress.calib.model import Model
+from compress.files import disk_errors
 from compress.progress import Reporter
 
 WHOLE = ".states"  # the ending of a file's name once all of it is there
@@ -42,14 +43,16 @@ def last_hidden_states(model: Model, windows: Tensor, folder: Path, reporter: Re
     name = hashlib.sha256(windows.numpy().tobytes() + str(tuple(windows.shape)).encode()).hexdigest()[:16]
     file = folder / f"{name}{WHOLE}"
     if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        _make(model, windows, file, reporter)
+        with disk_errors(file):
+            folder.mkdir(parents=True, exist_ok=True)
+            _make(model, windows, file, reporter)
     return LastHidden(model, windows, file)
 
 
 def _make(model: Model, windows: Tensor, file: Path, reporter: Reporter) -> None:
-    n, states = len(windows), Records(file, _like(model, windows), len(windows))
+    n = len(windows)
     hidden = Records(file.with_suffix(".hidden"), (model.embed(windows[0]),), n, keep=False)
+    states = Records(file, _like(model, windows), n)  # the last to ask for room: it has a name, and would stay
     for index, window in enumerate(windows):
         hidden[index] = (model.embed(window),)
     with reporter.stage(f"teacher on {windows.numel()} tokens, block", model.n_blocks) as stage:

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+from compress.calib.ranks import ALONE, Ranks
 from compress.distill import Lesson, distillation_loss
 from compress.errors import RunError
 from compress.recovery import Learner, TrainOptions
@@ -59,10 +60,17 @@ def held_out(n_windows: int) -> int:
 
 
 class Training:
-    """One method's training: `begin` says how long it is, `run` takes it from where its session left it to its end."""
+    """One method's training: `begin` says how long it is, `run` takes it from where its session left it to its end.
 
-    def __init__(self, lm: nn.Module, learner: Learner, course: Course, options: TrainOptions, name: str):
+    Every rank has all of the model and takes its turn at the micro-batches of a step; all add their gradients in the
+    order of the micro-batches, so the result does not depend on how many ranks there are.
+    """
+
+    def __init__(
+        self, lm: nn.Module, learner: Learner, course: Course, options: TrainOptions, name: str, ranks: Ranks = ALONE
+    ):
         self.lm, self.learner, self.course, self.options, self.name = lm, learner, course, options, name
+        self.ranks = ranks
         lm.eval()  # adapters come with dropout, which the seed and the step do not decide
         self.groups = learner.groups()
         self.optimizer = self._adam()
@@ -96,7 +104,7 @@ class Training:
         evaluating = time.monotonic() - started
         seconds = self._rehearse()
         left = budget.seconds - (time.monotonic() - started) - EVALUATIONS * evaluating
-        self.steps = max(1, int(left / seconds))
+        self.steps = self.ranks.agree(lambda: max(1, int(left / seconds)))
 
     def _rehearse(self) -> float:
         """The seconds of a step. The learner is then as it was."""
@@ -148,6 +156,7 @@ class Training:
         progress = self.step / max(1, self.steps)
         lr = self.options.lr * self._schedule()
         loss = self._gradients()
+        self.learner.complete_gradients()
         active = [group for group in self.groups if progress >= group.begins]
         for group in self.groups:
             if progress < group.begins:
@@ -173,12 +182,19 @@ class Training:
     def _gradients(self) -> float:
         """The gradients of a batch, and its loss."""
         total, batch = 0.0, self.course.batch(self.step, self.options.batch_size)
-        for index, part in enumerate(batch.tensor_split(self.micro)):
-            with self.accelerator.autocast():
-                loss = self._loss(part, self.step * self.micro + index)
-            share = len(part) / len(batch)
-            total += self._require_finite("loss", loss.item()) * share
-            self.accelerator.backward(loss * (share * self.micro))  # which it divides by their number
+        parts, sums = batch.tensor_split(self.micro), _Gradients(self.lm, self.ranks)
+        for place, turn in self.ranks.turns(len(parts)):
+            value = 0.0
+            if place is not None:
+                index = turn[self.ranks.number][1]
+                with self.accelerator.autocast():
+                    loss = self._loss(parts[index], self.step * self.micro + index)
+                share = len(parts[index]) / len(batch)
+                value = self._require_finite("loss", loss.item()) * share
+                self.accelerator.backward(loss * (share * self.micro))  # which it divides by their number
+            sums.add(len(turn))
+            total = sum(self.ranks.gather(value)[: len(turn)], total)
+        sums.install()
         return total
 
     def _loss(self, at: Tensor, draw: int) -> Tensor:
@@ -201,8 +217,13 @@ class Training:
     def _evaluate(self) -> float:
         """The loss of the held-out windows; a state that is the best so far is kept."""
         windows = torch.arange(len(self.course.windows))[-self.course.n_held_out :]
-        parts = windows.split(self.options.micro_batch_size)
-        total = sum(self._loss(part, -1 - index).item() * len(part) for index, part in enumerate(parts))
+        parts, total = windows.split(self.options.micro_batch_size), 0.0
+        for place, turn in self.ranks.turns(len(parts)):
+            value = 0.0
+            if place is not None:
+                index = turn[self.ranks.number][1]
+                value = self._loss(parts[index], -1 - index).item() * len(parts[index])
+            total = sum(self.ranks.gather(value)[: len(turn)], total)
         loss = self._require_finite("held-out loss", total / len(windows))
         if not loss >= self.best_loss:  # the first is compared with NaN
             self.best_loss, self.best_step = loss, self.step
@@ -230,6 +251,31 @@ class Training:
         self.learner.load(_under(LEARNED, state))
         self.best = _under(BEST, state)
         restore_optimizer(self.optimizer, ADAM, dict(state))
+
+
+class _Gradients:
+    """The sums of all ranks' gradients, micro-batch by micro-batch. Without other ranks autograd adds them up itself."""
+
+    def __init__(self, lm: nn.Module, ranks: Ranks):
+        self.ranks = ranks
+        self.parameters = {str(i): p for i, p in enumerate(lm.parameters()) if p.requires_grad}
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, n: int) -> None:
+        """Add those of the first `n` ranks, which have had a micro-batch each."""
+        if self.ranks.alone:
+            return
+        own = {name: parameter.grad for name, parameter in self.parameters.items() if parameter.grad is not None}
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        for theirs in self.ranks.share_out(own)[:n]:
+            for name, gradient in theirs.items():
+                self.sums[name] = self.sums[name].add_(gradient) if name in self.sums else gradient
+
+    def install(self) -> None:
+        """Give each parameter its sum."""
+        for name, gradient in self.sums.items():
+            self.parameters[name].grad = gradient
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -144,6 +144,7 @@ class Session:
 
     file: Path
     tell: Callable[[int, dict[str, Any]], None]  # the step just done, and its figures
+    writes: bool = True  # False: another rank does
     earlier: float = 0.0  # seconds that went into the state which `restore` gave
     started: float = field(default_factory=time.monotonic)
 
@@ -154,7 +155,8 @@ class Session:
 
     def save(self, tensors: dict[str, Tensor]) -> None:
         """Put a state on disk in place of the one before."""
-        write_tensors(self.file, tensors, {SECONDS: repr(self.seconds)})
+        if self.writes:
+            write_tensors(self.file, tensors, {SECONDS: repr(self.seconds)})
 
     def restore(self) -> dict[str, Tensor] | None:
         """The last state saved. Raises RunError if the file is damaged."""

@@ -6,7 +6,6 @@ run/kept.safetensors            which outputs and inputs of each layer stay, boo
 run/pruned/                     the smaller model, an ordinary checkpoint; pruned.json, written before its config.json
 """
 
-import json
 import math
 import shutil
 import time
@@ -19,7 +18,7 @@ from torch import Tensor
 from compress.calib.data import training_windows
 from compress.calib.model import Model
 from compress.calib.texts import check_source
-from compress.checkpoint.save import files_along
+from compress.checkpoint.save import files_along, plain_config
 from compress.checkpoint.writer import ShardWriter, remove_checkpoint
 from compress.errors import InputError
 from compress.files import replace_file, write_json, write_tensors
@@ -171,11 +170,7 @@ def _write(model: Model, structures: Structures, keep: Masks, run: RunDir, figur
     for file in files_along(model.folder):
         replace_file(folder / file.name, partial(shutil.copyfile, file))
     write_json(folder / "pruned.json", figures)
-    config = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
-    for stale in ("quantization_config", "compress_adapter", "torch_dtype"):
-        config.pop(stale, None)
-    config["dtype"] = str(model.dtype).removeprefix("torch.")
-    write_json(folder / "config.json", with_sizes(config, figures["sizes"]))
+    write_json(folder / "config.json", with_sizes(plain_config(model), figures["sizes"]))
 
 
 def _kept(model: Model, structures: Structures, keep: Masks) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from compress.calib.data import training_windows
 from compress.calib.model import Model
 from compress.calib.texts import check_source
 from compress.calib.weight_files import read_all
-from compress.checkpoint.adapter import FOR_DENSE, write_peft
+from compress.checkpoint.adapter import FOR_DENSE, peft_bytes, write_peft
 from compress.checkpoint.formats import as_held
 from compress.checkpoint.native import Contents, decode, encode
 from compress.checkpoint.stored import StoredLayer
@@ -118,7 +119,7 @@ def recovered_key(recipe: Recipe, index: int) -> str:
 
 
 class Recovery:
-    """What trains the blocks of a run that are finished.
+    """What trains the blocks of a run that are finished: all ranks together, each with all of the packed model.
 
     `dense`: opens the model as it came, to teach.
     """
@@ -137,28 +138,50 @@ class Recovery:
         """
         figures = []
         for number, (name, options) in enumerate(trained_options(self.recipe), 1):
-            run = self.work.run
-            if all(run.has(_key(index, number)) for index in range(self.work.model.n_blocks)):
-                done = run.figures(_key(0, number))[RECOVERY]
-                run.journal.write(event="replayed", method=name, seconds=done["training_seconds"])
-            else:
-                done = self._recover(number, name, options)
-            figures.append(done)
+            done = self.work.ranks.agree(partial(self._finished_before, number, name))
+            figures.append(self._recover(number, name, options) if done is None else done)
         return figures
+
+    def _finished_before(self, number: int, name: str) -> dict[str, Any] | None:
+        """The figures of a method that an earlier sitting finished."""
+        run = self.work.run
+        lost = self._scatters(number) and not peft_bytes(self._for_dense)
+        if lost or not all(run.has(_key(index, number)) for index in range(self.work.model.n_blocks)):
+            return None
+        self._state(number).unlink(missing_ok=True)  # of a sitting that was killed in between
+        done: dict[str, Any] = run.figures(_key(0, number))[RECOVERY]
+        run.journal.write(event="replayed", method=name, seconds=done["training_seconds"])
+        return done
+
+    def for_dense(self) -> dict[str, int]:
+        """After `run`: adapter_for_dense_bytes, of the adapter for the dense model, which is not part of the checkpoint."""
+        return {"adapter_for_dense_bytes": peft_bytes(self._for_dense)} if self.recipe.scatter else {}
+
+    @property
+    def _for_dense(self) -> Path:
+        return self.work.run.path.parent / FOR_DENSE
+
+    def _scatters(self, number: int) -> bool:
+        """Whether a method's adapters are for the dense model as well: the last one's, if that is asked."""
+        return self.recipe.scatter and number == len(trained_methods(self.recipe))
+
+    def _state(self, number: int) -> Path:
+        """What a killed training goes on from."""
+        return self.work.run.path / f"recovery_{number}.safetensors"
 
     def _recover(self, number: int, name: str, options: TrainOptions) -> dict[str, Any]:
         run, model = self.work.run, self.work.model
         windows = self._windows(name, options.seqlen)
         states = self._taught(windows) if options.kl else None
         course = Course(windows, states, self.teacher.lm, self.recipe.calib.seed)
-        session = Session(run.path / f"recovery_{number}.safetensors", lambda *_: None)
+        session = Session(self._state(number), lambda *_: None, writes=self.work.ranks.first)
         self.peak = max(self.peak, peak_rss_bytes())
         own_peak = forget_peak()
         with student_of(model, self._blocks(number - 1), run.journal) as student:
             student.windows = windows[: len(windows) - course.n_held_out]
-            student.scatter = self.recipe.scatter and number == len(trained_methods(self.recipe))
+            student.scatter = self._scatters(number)
             learner = find_method("recover", name).recover_model(student, options)
-            training = Training(student.lm, learner, course, options, name)
+            training = Training(student.lm, learner, course, options, name, self.work.ranks)
             training.begin(TrainingBudget.read(self.recipe.recover_for), session)
             with (
                 self.reporter.stage(f"{name}, step", training.steps) as stage,
@@ -172,16 +195,19 @@ class Recovery:
             states.close()
         if session.earlier:
             run.journal.write(event="replayed", method=name, seconds=session.earlier)
-        self._write_for_dense(results)
-        self._save(number, results, figures)
-        session.file.unlink()
+        with self.work.ranks.first_goes_first():
+            if self.work.ranks.first:
+                self._write_for_dense(results)
+                self._save(number, results, figures)
+                session.file.unlink()
         run.journal.write(event="recovered", **figures)
         return figures
 
     def _taught(self, windows: Tensor) -> LastHidden:
         """What the dense model's last hidden states are there."""
         run, started = self.work.run, time.monotonic()
-        states = last_hidden_states(self.teacher, windows, run.folder_of("teacher") / "teacher", self.reporter)
+        with run.ranks.first_goes_first():
+            states = last_hidden_states(self.teacher, windows, run.folder_of("teacher") / "teacher", self.reporter)
         run.journal.write(event="teacher", tokens=windows.numel(), seconds=round(time.monotonic() - started, 3))
         return states
 
@@ -194,7 +220,8 @@ class Recovery:
             at_most = wanted + held_out(wanted + wanted // 9)
             return {"windows": training_windows(source, model.tokenizer, at_most, seqlen, recipe.calib.seed)}
 
-        windows = self.work.run.once(f"recovery_text_{seqlen}", cut)["windows"]
+        with self.work.ranks.first_goes_first():
+            windows = self.work.run.once(f"recovery_text_{seqlen}", cut)["windows"]
         if len(windows) < 2:
             raise InputError(
                 f"{source} gives {len(windows)} windows of {seqlen} tokens, and {name} takes two at least: use a longer "
@@ -227,9 +254,9 @@ class Recovery:
             name: each.scattered(kept.get(f"{name}.rows"), kept.get(f"{name}.columns")).to(dtype)
             for name, each in learned.items()
         }
-        folder = run.path.parent / FOR_DENSE
-        write_peft(folder, scattered, base_model=self.recipe.model)
-        run.journal.write(event="note", layer="every layer", note=f"the adapter for the dense model is in {folder}")
+        write_peft(self._for_dense, scattered, base_model=self.recipe.model)
+        note = f"the adapter for the dense model is in {self._for_dense}"
+        run.journal.write(event="note", layer="every layer", note=note)
 
     def _bits(self, layer: StoredLayer) -> int:
         """Bits of a layer in the checkpoint, its correction counted."""

@@ -1,12 +1,14 @@
 """What the loop over blocks works with: the plan of a run, and what is left of each layer once it is done."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from compress.calib.gradients import FIELDS
 from compress.calib.layers import Layer
 from compress.calib.model import Model
+from compress.calib.ranks import Ranks
 from compress.checkpoint.stored import StoredLayer
 from compress.gradients import Gradients
 from compress.kernels.correction import Correction
@@ -49,7 +51,12 @@ class Work:
     @property
     def gradients(self) -> Gradients:
         """Those of the needs that are not statistics of an input."""
-        return Gradients(self.model, self.run, self.needs & FIELDS, self.refresh_gradients)
+        return Gradients(self.model, self.run, self.needs & FIELDS, self.refresh_gradients, self.ranks)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the run."""
+        return self.run.ranks
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class Finished:
     error: float  # relative, of the layer's output
     inputs: InputQuantizer | None = None
     correction: Correction | None = None
+    journal: list[dict[str, Any]] = field(default_factory=list)  # lines about what was done to it
 
     @property
     def n_weights(self) -> int:

@@ -27,6 +27,7 @@ class Divergence:
     dense_nll: Mean
     excess: Mean  # nll less dense_nll: the log of the ratio of perplexities
     tokens: int
+    sums: list[float]  # nats of the model, of each window
     seconds: float
 
 
@@ -58,7 +59,8 @@ def divergence(
     kl, top1, nll, dense_nll = (mean_over_windows(column, counts) for column in zip(*rows, strict=True))
     excess = mean_over_windows([row[2] - row[3] for row in rows], counts)
     finite(dense, dense_nll)
-    return Divergence(kl, top1, finite(model, nll), dense_nll, excess, sum(counts), time.monotonic() - started)
+    sums, seconds = [row[2] for row in rows], time.monotonic() - started
+    return Divergence(kl, top1, finite(model, nll), dense_nll, excess, sum(counts), sums, seconds)
 
 
 def _window_sums(

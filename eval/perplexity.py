@@ -25,6 +25,7 @@ class Perplexity:
     nll: float  # nats a token
     se: float | None  # of nll, by windows; times `perplexity` it is that of the perplexity
     tokens: int  # tokens scored
+    sums: list[float]  # of each window, nats
     seconds: float
 
 
@@ -52,7 +53,7 @@ def score(model: Model, windows: Sequence[Window], on_step: Callable[[], None] =
         hidden.close()
     nll = finite(model, mean_over_windows(sums, [len(window.targets) for window in windows]))
     tokens = sum(len(window.targets) for window in windows)
-    return Perplexity(exp(nll.value), nll.value, nll.se, tokens, time.monotonic() - started)
+    return Perplexity(exp(nll.value), nll.value, nll.se, tokens, sums, time.monotonic() - started)
 
 
 def exp(nll: float) -> float:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from compress.calib.skeleton import first_line, quiet
+from compress.calib.model_files import first_line
+from compress.calib.skeleton import quiet
 from compress.errors import InputError
 
 

@@ -19,6 +19,7 @@ METHODS = ("compress.allocate", "compress.prune", "compress.quantize", "compress
 KEEPS_TO_ITSELF = {  # who may import what knows a secret of the outside world
     "transformers": {
         "compress.bench.gradients",
+        "compress.bench.make_model",
         "compress.bench.recovery",
         "compress.calib.layers",
         "compress.calib.model",
@@ -45,6 +46,7 @@ KEEPS_TO_ITSELF = {  # who may import what knows a secret of the outside world
         "compress.cli_export",
         "compress.cli_report",
         "compress.cli_serve",
+        "compress.cli_speed",
         "compress.flags",
     },
     "peft": {"compress.recover.adapters", "compress.training"},

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compress.calib.data import calibration_windows
-from compress.calib.gradients import GradientPass, LayerGradients
+from compress.calib.gradients import GradientPass, LayerGradients, Span
 from compress.calib.layers import linear_layers
 from compress.calib.skeleton import quiet
 from compress.calib.weight_files import read_all
@@ -57,7 +57,7 @@ def bench_gradients(model_folder: Path, calib: tuple[str, int, int], device: str
 def _streamed(folder: Path, tokens: list[list[int]], out: Path, device: str) -> Measured:
     model, windows = open_model(folder, device=device), torch.tensor(tokens)
     started = time.monotonic()
-    going = GradientPass(model, windows, frozenset({FIELD}), range(model.n_blocks), out, ())
+    going = GradientPass(model, windows, frozenset({FIELD}), Span(range(model.n_blocks)), out)
     going.run((model.embed(window) for window in windows), lambda index, found: _write(out, index, found))
     return {"seconds": time.monotonic() - started, "peak_rss_bytes": peak_rss_bytes()}
 

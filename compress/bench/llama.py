@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -12,6 +13,11 @@ from compress.errors import InputError, RunError
 NEW_TOKENS = 16  # of a turn
 
 
+def undisturbed(prefill: Sequence[float], decode: Sequence[float]) -> tuple[float, float]:
+    """Of prompts' seconds the fastest; of seconds of a token after one, by turn, the median of the faster half."""
+    return min(prefill), median(sorted(decode)[: (len(decode) + 1) // 2])
+
+
 @dataclass
 class LlamaBench:
     """A GGUF file as llama-bench runs it, and the seconds of its turns."""
@@ -19,6 +25,7 @@ class LlamaBench:
     program: Path
     gguf: Path
     threads: int
+    new_tokens: int = NEW_TOKENS
     prefill: list[float] = field(default_factory=list)  # seconds of a prompt
     decode: list[float] = field(default_factory=list)  # seconds of a token after it
     nbytes: int = 0
@@ -27,7 +34,7 @@ class LlamaBench:
     def turn(self, seqlen: int) -> None:
         """Time a prompt, and tokens after one of that length. Raises InputError or RunError if llama-bench does not run."""
         (prompt,) = self._run("-p", str(seqlen), "-n", "0")
-        (tokens,) = self._run("-p", "0", "-n", str(NEW_TOKENS), "-d", str(seqlen))
+        (tokens,) = self._run("-p", "0", "-n", str(self.new_tokens), "-d", str(seqlen))
         self.prefill.append(seqlen / prompt["avg_ts"])
         self.decode.append(1 / tokens["avg_ts"])
         self.nbytes = prompt["model_size"]
@@ -35,8 +42,8 @@ class LlamaBench:
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """Of a prompt, the fastest; of a token after it, the median of the faster half."""
-        return min(self.prefill), median(sorted(self.decode)[: (len(self.decode) + 1) // 2])
+        """What counts of its turns."""
+        return undisturbed(self.prefill, self.decode)
 
     def _run(self, *what: str) -> list[dict[str, Any]]:
         command = [str(self.program), "-m", str(self.gguf), "-t", str(self.threads), "-r", "1", "-o", "json", *what]

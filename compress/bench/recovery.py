@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compress.calib.data import training_windows
+from compress.calib.ranks import Ranks
 from compress.calib.skeleton import quiet
 from compress.clock import Measured, alone, forget_peak, peak_rss_bytes
 from compress.errors import InputError
@@ -110,7 +111,7 @@ def _recovered(method: str, folder: Path, asked: RecoveryBench, device: str) -> 
         "format": "native",
     }
     with tempfile.TemporaryDirectory() as out:
-        (figures,) = compress(read_recipe(None, flags), folder, Path(out), Reporter(quiet=True), device)["recovery"]
+        (figures,) = compress(read_recipe(None, flags), folder, Path(out), Reporter(quiet=True), Ranks(device=device))["recovery"]
         lines = Journal(Path(out) / "run" / "log.jsonl").read()
     rates = [line["tokens_per_second"] for line in lines if line["event"] == "train"]
     return {

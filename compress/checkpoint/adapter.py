@@ -7,7 +7,6 @@ or their codes, NAME.index, NAME.value, with a line of JSON for each layer in it
 (KEY): a checkpoint that has lost its adapter is damaged, not another model.
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from compress.calib.model_files import check_file, read_object
 from compress.calib.weight_files import Entry, WeightFiles
 from compress.checkpoint.manifest import CorrectionEntry
 from compress.checkpoint.stored import StoredLayer
@@ -112,12 +112,18 @@ def peft_config(ranks: Mapping[str, int], transposed: bool = False) -> dict[str,
     }
 
 
-def remove_adapter(out: Path) -> None:
-    """Take away the adapter's files, and its folder if nothing else is in it; config.json must be gone already."""
-    folder = out / FOLDER
+def peft_bytes(folder: Path) -> int:
+    """Bytes of the files of a PEFT adapter in `folder`; of one that is not there, none."""
+    files = (folder / name for name in (PEFT, PEFT_CONFIG))
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def remove_adapter(out: Path, name: str = FOLDER) -> None:
+    """Take away an adapter's files, and its folder if nothing else is in it; config.json must be gone already."""
+    folder = out / name
     with disk_errors(folder):
-        for name in (PEFT, PEFT_CONFIG, OWN):
-            (folder / name).unlink(missing_ok=True)
+        for file in (PEFT, PEFT_CONFIG, OWN):
+            (folder / file).unlink(missing_ok=True)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
@@ -171,11 +177,11 @@ class AdapterFiles:
         ranks = {
             name.removeprefix(PEFT_PREFIX).removesuffix(end): entry.shape[0]
             for name, entry in self.entries.items()
-            if name.endswith(end)
+            if name.endswith(end) and entry.shape
         }
         if not ranks:
             raise RunError(f"{self.file} holds no layer: restore it")
-        config, wanted = _json(self.file.with_name(PEFT_CONFIG)), peft_config(ranks)
+        config, wanted = read_object(self.file.with_name(PEFT_CONFIG), RunError), peft_config(ranks)
         for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
             if config.get(key) != wanted[key]:
                 raise RunError(f"{self.file.with_name(PEFT_CONFIG)} says another {key} than {PEFT} has: restore both")
@@ -186,16 +192,6 @@ def _file(folder: Path, named: Any) -> Path:
     known = [f"{FOLDER}/{name}" for name in (PEFT, OWN)]
     if named not in known:
         raise RunError(f"config.json of {folder} says {KEY} is {named!r}, which is not one of {', '.join(known)}")
-    if not (folder / str(named)).is_file():
+    if not check_file(folder / str(named), folder, RunError).is_file():
         raise RunError(f"{folder} lacks {named}, which belongs to its weights: restore or download it again")
     return folder / str(named)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"cannot read {file} ({error}): restore or download it again") from error
-    if not isinstance(found, dict):
-        raise RunError(f"{file} is no JSON object: restore or download it again")
-    return found

@@ -7,14 +7,14 @@ no tensor says anything of them. The library speaks of signed codes but stores t
 and zero points go in as they are.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress.checkpoint.dense_view import PackedFiles
+from compress.checkpoint.config_groups import Kind, kind_of, read_targets
+from compress.checkpoint.dense_view import INTEGERS, PackedFiles
 from compress.checkpoint.stored import StoredLayer, codebooks, exact, group_sizes, integers, refuse, with_zeros
 from compress.errors import InputError, RunError
 from compress.kernels.inputs import InputQuantizer
@@ -25,7 +25,6 @@ QUANT_METHOD = "compressed-tensors"
 VERSION = "0.20.0"  # of the library whose layout this is: 0.17 packed 3-bit codes otherwise
 FORMAT = "pack-quantized"
 WHOLE_CODES = "int-quantized"  # a byte a code, for layers whose inputs have a byte as well
-READABLE = (FORMAT, WHOLE_CODES, "naive-quantized")
 BITS = (2, 3, 4, 8)
 
 REFUSALS = (
@@ -187,7 +186,7 @@ class CompressedTensorsFiles(PackedFiles):
         """Every layer with packed codes, or with 8-bit codes and scales."""
         if self.settings.get("sparsity_config"):
             raise InputError(f"{self.folder} has a sparsity_config, which nothing reads any more: export it densely")
-        self.targets = _targets(self.settings, str(self.folder))
+        self.targets = read_targets(self.settings, str(self.folder))
         if ordered := self.layers_with("weight_g_idx"):
             raise InputError(f"{ordered[0]} in {self.folder} permutes its inputs (actorder group), which is not read")
         whole = [name for name in self.layers_with("weight_scale") if self._is_int8(f"{name}.weight")]
@@ -198,110 +197,57 @@ class CompressedTensorsFiles(PackedFiles):
 
     def layer(self, name: str) -> IntWeight:
         """One layer's codes. Raises RunError if its tensors do not fit its description."""
-        weights = _match(name, self.targets)
-        bits: int = weights["num_bits"]
+        kind = kind_of(name, self.targets)
         if f"{name}.weight_packed" in self.entries:
-            packed, (out, length) = self.part(name, "weight_packed"), self.part(name, "weight_shape").tolist()
+            packed, (out, length) = self.part(name, "weight_packed", 2, ("I32",)), self._shape(name)
         else:
-            signed = self.part(name, "weight")
+            signed = self.part(name, "weight", 2)
             packed, (out, length) = pack(signed.to(torch.int16) + 128, 8), signed.shape
-        scale = self._rows(name, "weight_scale", out, weights)
-        groups = scale.shape[1]
-        size = weights["group_size"] if weights["strategy"] == "group" else length
-        if tuple(packed.shape) != (out, words_for(length, bits)) or groups * size != length:
+        scale = self._rows(name, "weight_scale", len(packed), kind)
+        zero_point = None if kind.symmetric else self._zero_point(name, len(packed), kind)
+        groups, size = scale.shape[1], kind.group_size if kind.by == "group" else length
+        if length < 1 or tuple(packed.shape) != (out, words_for(length, kind.bits)) or groups * size != length:
             raise RunError(
-                f"{name} has codes {list(packed.shape)} and {groups} scales a row, which is not {bits} bits for "
+                f"{name} has codes {list(packed.shape)} and {groups} scales a row, which is not {kind.bits} bits for "
                 f"[{out}, {length}] in groups of {size}: damaged, or packed before compressed-tensors 0.19; export it again"
             )
-        return IntWeight(packed, scale, self._zero_point(name, out, weights), bits, size, length)
+        if zero_point is not None and zero_point.shape != scale.shape:
+            raise RunError(f"{name} has {zero_point.shape[1]} zero points for {groups} scales a row: export it again")
+        return IntWeight(packed, scale, zero_point, kind.bits, size, length)
 
-    def _zero_point(self, name: str, out: int, weights: Mapping[str, Any]) -> Tensor | None:
-        """uint8 [out, groups]; None if symmetric."""
-        if weights["symmetric"]:
-            return None
-        bits: int = weights["num_bits"]
-        if f"{name}.weight_packed" in self.entries and weights["strategy"] != "tensor":
-            packed = self.part(name, "weight_zero_point")
-            if packed.shape[0] != words_for(out, bits):
+    def _shape(self, name: str) -> tuple[int, int]:
+        """(out, in) of a packed layer."""
+        shape = self.part(name, "weight_shape", 1, INTEGERS).tolist()
+        if len(shape) != 2:
+            raise RunError(f"{name}.weight_shape has {len(shape)} numbers, not 2: damaged; export it again")
+        return shape[0], shape[1]
+
+    def _zero_point(self, name: str, out: int, kind: Kind) -> Tensor:
+        """uint8 [out, groups]."""
+        if f"{name}.weight_packed" in self.entries and kind.by != "tensor":
+            packed = self.part(name, "weight_zero_point", 2, ("I32",))
+            if packed.shape[0] != words_for(out, kind.bits):
                 raise RunError(f"{name}.weight_zero_point does not hold {out} rows: damaged; export it again")
-            return unpack(packed.T, bits, out).T.contiguous()
-        signed = self._rows(name, "weight_zero_point", out, weights)
-        return (signed.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+            return unpack(packed.T, kind.bits, out).T.contiguous()
+        signed = self._rows(name, "weight_zero_point", out, kind)
+        return (signed.to(torch.int16) + 2 ** (kind.bits - 1)).to(torch.uint8)
 
-    def _rows(self, name: str, part: str, out: int, weights: Mapping[str, Any]) -> Tensor:
+    def _rows(self, name: str, part: str, out: int, kind: Kind) -> Tensor:
         """A tensor of one value a group as [out, groups], whichever of its dimensions the file leaves out."""
         tensor = self.part(name, part)
-        if weights["strategy"] == "tensor" and tensor.numel() == 1:
+        if kind.by == "tensor" and tensor.numel() == 1:
             return tensor.reshape(1, 1).expand(out, 1).contiguous()
-        if not tensor.numel() or tensor.numel() % out:
+        if not out or not tensor.numel() or tensor.numel() % out:
             raise RunError(f"{name}.{part} is {list(tensor.shape)} for {out} rows: damaged; export it again")
         return tensor.reshape(out, -1)
 
     def input_quantizer(self, name: str) -> InputQuantizer | None:
         """How the layer whose weight is the tensor `name` rounds what enters it."""
-        found: InputQuantizer | None = None
-        if name in self.packed:
-            found = _match(self.packed[name][0], self.targets)["inputs"]
-        return found
+        return kind_of(self.packed[name][0], self.targets).inputs if name in self.packed else None
 
     def unpacked(self, layer: str) -> IntWeight:
         """One layer's codes."""
         return self.layer(layer)
-
-
-def _targets(settings: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
-    """How weights are quantized, by target, with the defaults of the library filled in."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, group in settings.get("config_groups", {}).items():
-        if not isinstance(group, dict) or not isinstance(group.get("targets"), list):
-            raise InputError(f"{name} in the config_groups of {where} is no description with targets: export it again")
-        if group.get("weights") is None:
-            continue
-        layout = group.get("format") or settings.get("format")
-        weights = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None, **group["weights"]}
-        size = weights["group_size"]
-        inferred = "tensor" if size is None else "channel" if size == -1 else "group"
-        weights["strategy"] = weights.get("strategy") or inferred
-        if layout not in READABLE:
-            raise InputError(
-                f'{where} is in the compressed-tensors format "{layout}": only {", ".join(READABLE)} are read'
-            )
-        readable = weights["strategy"] in ("group", "channel", "tensor") and 2 <= weights["num_bits"] <= 8
-        if weights["type"] != "int" or not readable:
-            raise InputError(
-                f"{where} has {weights['num_bits']}-bit {weights['type']} weights by {weights['strategy']}: "
-                "only integers of 2 to 8 bits by group, channel or tensor are read"
-            )
-        weights["inputs"] = _inputs(group.get("input_activations"), where)
-        found |= dict.fromkeys(group["targets"], weights)
-    return found
-
-
-def _inputs(described: Mapping[str, Any] | None, where: str) -> InputQuantizer | None:
-    """Inputs as config.json describes them, with the defaults of the library filled in."""
-    if described is None:
-        return None
-    said = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False, "strategy": "tensor", **described}
-    per_token = said["dynamic"] is True and said["strategy"] == "token"
-    if not per_token or said["type"] != "int" or not said["symmetric"] or not 2 <= said["num_bits"] <= 8:
-        way = "found at run time" if said["dynamic"] else "fixed"
-        raise InputError(
-            f"{where} has {said['num_bits']}-bit {said['type']} inputs with scales by {said['strategy']}, {way}: only "
-            "symmetric integers with a scale found for each token are read"
-        )
-    return InputQuantizer(said["num_bits"])
-
-
-def _match(layer: str, targets: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """How one layer is quantized: by its own name, a pattern "re:...", or its class, in the library's order."""
-    if layer in targets:
-        return targets[layer]
-    for target in sorted(targets):
-        if target.startswith("re:") and re.match(target.removeprefix("re:"), layer):
-            return targets[target]
-    if "Linear" in targets:
-        return targets["Linear"]
-    raise RunError(f"no target in config.json's quantization_config is meant for {layer}: restore config.json")
 
 
 READER = CompressedTensorsFiles

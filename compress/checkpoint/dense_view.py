@@ -1,6 +1,5 @@
 """A checkpoint of packed layers, read as if it were an ordinary one."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.calib.model_files import check_file, read_object
 from compress.calib.weight_files import Entry, WeightFiles
 from compress.checkpoint.adapter import AdapterFiles
 from compress.errors import InputError, RunError
 from compress.kernels.correction import Correction
 from compress.kernels.weights import PackedWeight
 
+INTEGERS = ("I32", "I64")
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors spells them
 ROWS = 16384  # decoded at a time
 NAMED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -64,11 +65,15 @@ class PackedFiles(WeightFiles):
         out_features, in_features = weight.shape
         return decoded(weight, self.dtype, self.adapter.of(layer, (out_features, in_features)))
 
-    def part(self, layer: str, part: str) -> Tensor:
-        """The tensor NAME.PART. Raises RunError if the file lacks it."""
+    def part(self, layer: str, part: str, dims: int | None = None, dtypes: tuple[str, ...] = ()) -> Tensor:
+        """The tensor NAME.PART. Raises RunError if the file lacks it, or holds one of other `dims` or `dtypes`."""
         name = f"{layer}.{part}"
         if name not in self.entries:
             raise RunError(f"{self.folder} lacks the tensor {name}: restore or download this checkpoint again")
+        entry = self.entries[name]
+        if (dims is not None and len(entry.shape) != dims) or (dtypes and entry.dtype not in dtypes):
+            wanted = f"{' or '.join(dtypes)}{'' if dims is None else f' of {dims} dimensions'}"
+            raise RunError(f"{name} is {entry.dtype} {list(entry.shape)}, not {wanted}: restore or download it again")
         return self.stored(name)
 
     def layers_with(self, part: str) -> list[str]:
@@ -93,15 +98,9 @@ def decoded(weight: PackedWeight | Tensor, dtype: torch.dtype, correction: Corre
 def read_config(folder: Path) -> dict[str, Any]:
     """A checkpoint's config.json. Raises InputError if there is none, or it is no JSON object."""
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} has no config.json: it is no checkpoint, or one that was never finished") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path} ({error}): restore or download it again") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is no JSON object: restore or download it again")
-    return config
+    if not check_file(path).exists():
+        raise InputError(f"{folder} has no config.json: it is no checkpoint, or one that was never finished")
+    return read_object(path)
 
 
 def quantization_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,7 +109,7 @@ def quantization_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     settings = config.get("quantization_config")
     if not settings and isinstance(nested, dict):
         settings = nested.get("quantization_config")
-    if settings and not isinstance(settings, dict):
+    if not isinstance(settings or {}, dict):
         raise InputError("quantization_config in config.json is no JSON object: restore or download it again")
     return settings or {}
 

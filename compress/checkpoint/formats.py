@@ -76,7 +76,7 @@ def open_weights(folder: Path) -> WeightFiles:
         return WeightFiles(folder)
     method = settings.get("quant_method")
     formats = {module.QUANT_METHOD: module for module in map(find_format, format_names())}
-    if method not in formats:
+    if not isinstance(method, str) or method not in formats:
         raise InputError(
             f'{folder} is quantized by "{method}", which is not read: use its unquantized original, or one quantized by '
             f"{', '.join(sorted(formats))}"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.checkpoint.dense_view import PackedFiles
+from compress.checkpoint.dense_view import FLOATS, INTEGERS, PackedFiles
 from compress.checkpoint.stored import StoredLayer, codebooks, exact, group_sizes, integers, refuse, with_zeros
 from compress.errors import InputError, RunError
 from compress.kernels.packing import WORD, pack, unpack
@@ -124,17 +124,19 @@ class GPTQFiles(PackedFiles):
     def find_packed(self) -> dict[str, tuple[str, ...]]:
         """Every layer with a `qweight`."""
         layout = self.settings.get("checkpoint_format") or self.settings.get("format") or "gptq"
-        if layout not in ZERO_OFFSETS:
+        if not isinstance(layout, str) or layout not in ZERO_OFFSETS:
             raise InputError(f'{self.folder} is in the gptq format "{layout}": only {", ".join(ZERO_OFFSETS)} are read')
         self.zero_offset = ZERO_OFFSETS[layout]
         return {f"{layer}.weight": (layer,) for layer in self.layers_with("qweight")}
 
     def unpacked(self, layer: str) -> IntWeight | Tensor:
         """One layer's codes, or float32 [out, in] where its groups are not in order. Raises RunError if its tensors do not fit together."""
-        qweight, qzeros, scales = (self.part(layer, part) for part in self.PARTS[:3])
+        qweight, qzeros = (self.part(layer, part, 2, ("I32",)) for part in self.PARTS[:2])
+        scales = self.part(layer, "scales", 2, tuple(FLOATS))
         groups, out = scales.shape
-        bits, rest = divmod(qzeros.shape[1] * WORD, out)
-        if rest or bits not in BITS or qweight.shape[1] != out or qzeros.shape[0] != groups:
+        bits, rest = divmod(qzeros.shape[1] * WORD, max(1, out))
+        agree = qweight.shape[1] == out and qzeros.shape[0] == groups and qweight.numel() > 0 and groups > 0
+        if rest or bits not in BITS or not agree:
             raise RunError(
                 f"{layer} has qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)} and scales "
                 f"{list(scales.shape)}, which do not fit: restore or download {self.folder} again"
@@ -155,7 +157,7 @@ class GPTQFiles(PackedFiles):
         """The group of each input, int64 [in]; counted off where the file does not say."""
         if f"{layer}.g_idx" not in self.entries:
             return torch.arange(length) // -(-length // groups)
-        group = self.part(layer, "g_idx").long()
+        group = self.part(layer, "g_idx", 1, INTEGERS).long()
         if group.shape != (length,) or group.min() < 0 or group.max() >= groups:
             raise RunError(
                 f"{layer}.g_idx does not name one of {groups} groups for each of {length} inputs: restore it"

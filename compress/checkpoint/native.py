@@ -139,7 +139,10 @@ class NativeFiles(PackedFiles):
             for part in entry.parts:
                 if f"{name}.{part}" not in self.entries:
                     raise RunError(f"{self.folder} lacks the tensor {name}.{part}: restore or download it again")
-            found.setdefault(entry.param or f"{name}.weight", {})[entry.index] = name
+            slices = found.setdefault(entry.param or f"{name}.weight", {})
+            if entry.index in slices:
+                raise RunError(f"{self.folder} has both {slices[entry.index]} and {name} for one parameter: restore it")
+            slices[entry.index] = name
         for param, slices in found.items():
             if slices.keys() not in ({None}, set(range(len(slices)))):
                 raise RunError(f"{self.folder} lacks slices of {param}: restore or download it again")

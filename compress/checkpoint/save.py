@@ -10,14 +10,14 @@ from typing import Any
 
 from compress import __version__
 from compress.calib.model import Model
-from compress.checkpoint.adapter import KEY, write_adapter
+from compress.checkpoint.adapter import FOR_DENSE, KEY, peft_bytes, write_adapter
 from compress.checkpoint.card import model_card
 from compress.checkpoint.dense_view import quantization_settings, read_config
 from compress.checkpoint.formats import DENSE, find_format, open_weights
 from compress.checkpoint.native import Contents
 from compress.checkpoint.stored import StoredLayer
 from compress.checkpoint.writer import ShardWriter
-from compress.errors import CompressError
+from compress.errors import CompressError, RunError
 from compress.files import replace_file, write_json, write_text
 from compress.recipe import Recipe
 
@@ -63,10 +63,10 @@ class Saver:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write everything else: tokenizer, recipe, config.json, and the model card."""
+        config = self._config()
         for file in files_along(self.model.folder):
             replace_file(self.out / file.name, partial(shutil.copyfile, file))
         write_text(self.out / "recipe.toml", self.recipe.toml())
-        config = self._config()
         if self.format is not None:
             for name, content in self.format.side_files(config).items():
                 write_json(self.out / name, content)
@@ -74,16 +74,24 @@ class Saver:
         write_card(self.out, result)
 
     def _config(self) -> dict[str, Any]:
-        config = json.loads((self.model.folder / "config.json").read_text(encoding="utf-8"))
-        config.pop("quantization_config", None)
-        config.pop(KEY, None)
-        config["dtype"] = str(self.model.dtype).removeprefix("torch.")
-        config.pop("torch_dtype", None)
+        config = plain_config(self.model)
         if self.format is not None:
             packed = {layer.name for layer in self.layers}
             ignore = [name for name in self.model.linear_names() if name not in packed]
             config["quantization_config"] = self.format.quantization_config(self.layers, ignore)
         return config | self.adapter
+
+
+def plain_config(model: Model) -> dict[str, Any]:
+    """A model's config.json as of one that is not quantized, in the dtype it has here. Raises RunError if it has gone."""
+    file = model.folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read {file} ({error}): restore or download it, and the same command goes on") from error
+    for stale in ("quantization_config", KEY, "torch_dtype"):
+        config.pop(stale, None)
+    return config | {"dtype": str(model.dtype).removeprefix("torch.")}
 
 
 def files_along(folder: Path) -> list[Path]:
@@ -100,7 +108,10 @@ def lacking(out: Path, folder: Path, result: dict[str, Any]) -> str | None:
         files = {entry.file for entry in open_weights(out).entries.values()}
     except CompressError:
         return "a weight file"
-    return None if sum(file.stat().st_size for file in files) == result.get("compressed_bytes") else "a weight file"
+    if sum(file.stat().st_size for file in files) != result.get("compressed_bytes"):
+        return "a weight file"
+    for_dense = result.get("adapter_for_dense_bytes", 0)
+    return FOR_DENSE if for_dense and peft_bytes(out / FOR_DENSE) != for_dense else None
 
 
 def write_card(out: Path, result: dict[str, Any]) -> None:

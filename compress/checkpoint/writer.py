@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from compress.checkpoint.adapter import remove_adapter
+from compress.checkpoint.adapter import FOLDER, FOR_DENSE, remove_adapter
 from compress.files import disk_errors, sync, write_json, write_tensors
 
 WHOLE = "model.safetensors"
@@ -39,7 +39,8 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, max_shard_bytes: int = SHARD_BYTES):
-        folder.mkdir(parents=True, exist_ok=True)
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         for left in [*folder.glob("model-*.new"), *folder.glob("model-*.new.partial")]:
             left.unlink()  # of a killed writer
         self.folder = folder
@@ -107,7 +108,7 @@ class ShardWriter:
 def remove_checkpoint(folder: Path) -> None:
     """Take away all of a checkpoint but its recipe; config.json first, so that a kill leaves nothing that looks whole.
 
-    Folders in it, such as its run, stay, but for its adapter.
+    Folders in it, such as its run, stay, but for its adapters.
     """
     with disk_errors(folder):
         (folder / "config.json").unlink(missing_ok=True)
@@ -115,4 +116,5 @@ def remove_checkpoint(folder: Path) -> None:
         for file in folder.iterdir():
             if file.is_file() and file.name != "recipe.toml":
                 file.unlink()
-    remove_adapter(folder)
+    for adapter in (FOLDER, FOR_DENSE):
+        remove_adapter(folder, adapter)

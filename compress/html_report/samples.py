@@ -5,10 +5,11 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from compress.calib.skeleton import load_tokenizer
 from compress.commands import find_model, pick_device
 from compress.errors import InputError
 from compress.generate import GenerateOptions, generate
-from compress.hf import load_model, load_tokenizer
+from compress.hf import load_model
 from compress.html_report.run_data import run_folder
 from compress.progress import Reporter, Stage
 from compress.recipe import read_recipe

@@ -25,6 +25,7 @@ from compress.prune.masks import keep_largest
 from compress.task import LayerPlan, LayerTask
 
 NEEDS = frozenset({"hessian"})
+MATRICES = 4  # the unit Hessian, its eigenvectors, and LAPACK's room or an inverse on its way
 EVERY = 3  # iterations between two looks at how much of the mask still moves
 SELECTION = 5000  # what a weight's turn in a partial sort takes, in operations of a matrix product
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # share of the kept weights that moved, factor of the penalty

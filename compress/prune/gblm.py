@@ -40,7 +40,7 @@ def prune_layer(task: LayerTask, options: Options) -> LayerTask:
     stats = task.stats
     mean = stats.grad_sq if options.norm == "l2" else stats.grad_abs
     assert stats.x_sq is not None and mean is not None  # needs() asks for them
-    gradient = mean.sqrt() if options.norm == "l2" else mean
+    gradient = options.alpha * (mean.sqrt() if options.norm == "l2" else mean)
     x_rms = (stats.x_sq / max(stats.n_tokens, 1)).sqrt()
-    score = task.weight.abs() * (x_rms + options.alpha * gradient)
+    score = gradient.add_(x_rms).mul_(task.weight.abs())
     return task.pruned(task.weight, keep_largest(score, task.plan))

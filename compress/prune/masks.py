@@ -5,6 +5,8 @@ from torch import Tensor
 
 from compress.task import LayerPlan
 
+SCORES_AT_ONCE = 2**22  # of rows that compete within themselves: a partial sort takes three times their memory
+
 
 def keep_largest(score: Tensor, plan: LayerPlan) -> Tensor:
     """Keep the highest scores of whatever the plan compares.
@@ -16,17 +18,18 @@ def keep_largest(score: Tensor, plan: LayerPlan) -> Tensor:
     the sum of its squared scores: what the squared output changes by, were the inputs uncorrelated. Of equal scores
     the earlier one of the row, layer or group goes first.
     """
-    if plan.pattern is not None:
-        n, m = plan.pattern
-        return _drop_smallest(score.unflatten(1, (-1, m)), m - n).flatten(1)
     if plan.block is not None:
         rows, columns = plan.block
         energy = score.square().unflatten(0, (-1, rows)).unflatten(2, (-1, columns)).sum((1, 3))
         keep = _keep_share(energy.flatten(), plan.sparsity).view_as(energy)
         return keep.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
-    if plan.compare == "layer":
+    if plan.compare == "layer" and plan.pattern is None:
         return _keep_share(score.flatten(), plan.sparsity).view_as(score)
-    return _keep_share(score, plan.sparsity)
+    some = score.split(max(1, SCORES_AT_ONCE // score.shape[1]))
+    if plan.pattern is not None:
+        n, m = plan.pattern
+        return torch.cat([_drop_smallest(rows.unflatten(1, (-1, m)), m - n).flatten(1) for rows in some])
+    return torch.cat([_keep_share(rows, plan.sparsity) for rows in some])
 
 
 def _keep_share(score: Tensor, sparsity: float) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.calib.stats import damped_hessian, inverse_factor
+from compress.calib.stats import damped, inverse_factor
 from compress.errors import InputError
 from compress.kernels.codebook_weight import CodebookWeight, decode_vectors
 from compress.kernels.weights import storable
@@ -88,16 +88,16 @@ def quantize_layer(task: LayerTask, options: Options) -> LayerTask:
     factor, damping = inverse_factor(task.stats, options.damping)
     if damping != options.damping:
         task = task.noted(f"codebook: damping raised from {options.damping:g} to {damping:g} to factorize the Hessian")
-    hessian = damped_hessian(task.stats, damping)
-
     scale = storable(task.weight.square().mean(1, keepdim=True).sqrt(), torch.float16)
-    codebooks = _start_codebooks(task.weight / scale, scale, hessian.diagonal(), wanted)
+    with damped(task.stats, damping) as hessian:
+        codebooks = _start_codebooks(task.weight / scale, scale, hessian.diagonal(), wanted)
     state = _sweep(task.weight, _State(torch.empty(0), codebooks, scale), factor, options.beam_size)
     best, least = state, task.stats.output_energy(state.vectors() * state.scale - task.weight)
     for _ in range(options.iterations):
-        state = _fit_codebooks(task.weight, state, hessian)
-        state = _fit_scale(task.weight, state, hessian)
-        state = _improve_codes(task.weight, state, hessian, options.beam_size)
+        with damped(task.stats, damping) as hessian:
+            state = _fit_codebooks(task.weight, state, hessian)
+            state = _fit_scale(task.weight, state, hessian)
+            state = _improve_codes(task.weight, state, hessian, options.beam_size)
         error = task.stats.output_energy(state.vectors() * state.scale - task.weight)
         if error < least:
             best, least = state, error

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.calib.stats import damped_hessian, falling, inverse_factor
+from compress.calib.stats import damped, falling, inverse_factor
 from compress.kernels.weights import Grid
 from compress.options import MethodOptions
 from compress.quantize.descent import Columns, descend
@@ -37,6 +37,11 @@ class Options(MethodOptions):
     passes: int = Field(4, ge=0, description="of coordinate descent over scales and codes, after the sweep")
 
 
+def flops(out_features: int, in_features: int, options: Options) -> float:
+    """Operations that one layer takes, beyond a pass of SparseGPT; for estimates of time."""
+    return 2 * out_features * in_features**2 * (options.passes + 2)
+
+
 def quantize_layer(task: LayerTask, options: Options) -> LayerTask:
     """Quantize one layer to its plan's bits and groups. Pruned weights stay exactly zero."""
     plan, hessian = task.plan, task.stats.hessian
@@ -54,10 +59,11 @@ def quantize_layer(task: LayerTask, options: Options) -> LayerTask:
     if order is None:
         order = torch.arange(len(hessian), device=hessian.device)
     columns = _sweep(task, grid, factor, order, options.block_size)
-    damped = damped_hessian(task.stats, damping)
     weight, wanted = task.weight.T.contiguous(), task.original.T.contiguous()
-    if worse := descend(columns, weight, wanted, damped, options.passes, task.dtype):
-        task = task.noted(f"gptq: {worse} outputs were worse than rounded to nearest, and began so")
+    with damped(task.stats, damping) as hessian:
+        worse = descend(columns, weight, wanted, hessian, options.passes, task.dtype)
+    if worse:
+        task = task.noted("gptq: outputs that were worse than rounded to nearest began so")
     if joint:
         assert columns.keep is not None  # chosen in the sweep
         task = task.pruned(task.weight, columns.keep.T.contiguous())

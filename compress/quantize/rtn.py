@@ -10,6 +10,7 @@ from compress.options import MethodOptions
 from compress.task import LayerTask
 
 NEEDS: frozenset[str] = frozenset()
+ROWS_ALONE = True
 
 
 class Options(MethodOptions):

@@ -20,7 +20,7 @@ the buffer, the mean of squared gradients, codes), and 9 for the best state.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -81,16 +81,16 @@ class Tuned:
         values = self.codes.values().detach()
         self.live = nn.Parameter(values.to(layer.dtype))
         self.refresh()
-        self.live.register_post_accumulate_grad_hook(self._hand_on)
         self.buffer = None if options.delta_decay == 1 else values.clone()
         self.mean_square = torch.zeros_like(values)
         self.steps = torch.zeros((), dtype=torch.int64)
         layer.put(_linear(self.live, layer.module.bias))
 
-    def _hand_on(self, live: Any) -> None:
-        """Once the weight has all of its gradient, so have its parameters: of all micro-batches so far."""
-        for name, gradient in self.codes.gradients(live.grad).items():
-            self.codes.parameters[name].grad = gradient
+    def complete_gradients(self) -> None:
+        """Give the parameters the gradients that follow from the weight's."""
+        if self.live.grad is not None:
+            for name, gradient in self.codes.gradients(self.live.grad).items():
+                self.codes.parameters[name].grad = gradient
 
     @torch.no_grad()
     def update(self, code_lr: float) -> float:
@@ -146,6 +146,11 @@ class PVLearner(Learner):
     def groups(self) -> list[ParameterGroup]:
         """Scales and codebooks."""
         return [ParameterGroup([p for layer in self.layers.values() for p in layer.codes.parameters.values()])]
+
+    def complete_gradients(self) -> None:
+        """Those of scales and codebooks follow from the weights'."""
+        for layer in self.layers.values():
+            layer.complete_gradients()
 
     def update(self, progress: float, lr: float) -> Mapping[str, float]:
         """Change codes. Returns the mean share of a layer's codes that changed."""

@@ -6,7 +6,7 @@ from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 from compress.calib import gradients
-from compress.calib.gradients import FIELDS, GradientPass
+from compress.calib.gradients import FIELDS, GradientPass, Span
 from compress.calib.model import Model
 from compress.calib.weight_files import WeightFiles
 from compress.errors import RunError
@@ -26,7 +26,7 @@ def taken(model, folder, tokens=TOKENS, fields=FIELDS, span=None, stored=(), kee
     """Layer name -> field -> gradient, of every block of the span."""
     found = {}
     span = span or range(model.n_blocks)
-    going = GradientPass(model, tokens, fields, span, folder, stored)
+    going = GradientPass(model, tokens, fields, Span(span, stored), folder)
     going.run(embedded(model, tokens), keep or (lambda index, gradients: found.update(gradients)))
     return found
 
@@ -161,7 +161,7 @@ def test_a_pass_goes_on_where_it_was_killed(tmp_path, llama_folder, monkeypatch,
     model, again = open_model(llama_folder), []
     load = Model.load_block
     monkeypatch.setattr(Model, "load_block", lambda self, index: again.append(index) or load(self, index))
-    going = GradientPass(model, TOKENS, FIELDS, range(3), folder, set(stored))
+    going = GradientPass(model, TOKENS, FIELDS, Span(range(3), set(stored)), folder)
     done = []
     going.run(embedded(model, TOKENS), stored.__setitem__, lambda: done.append(1))
     assert len(done) == going.steps
@@ -201,7 +201,7 @@ def test_a_disk_without_room_is_one_line_and_leaves_nothing(tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(RunError, match=r"needs .* GiB for hidden states"):
+    with pytest.raises(RunError, match=r"takes .* MiB for hidden states"):
         taken(open_model(llama_folder), tmp_path / "pass")
     assert not list((tmp_path / "pass").iterdir())
 
@@ -217,15 +217,15 @@ def test_one_layers_gradient_at_a_time_and_one_block(tmp_path, llama_folder, mon
     """When a gradient arrives no other is held, and only one block is loaded."""
     model = open_model(llama_folder)
     seen = []
-    add = gradients._Sums._add
+    see = gradients._Sums._see
 
     def watched(self, name, weight):
         parameters = dict(model.lm.named_parameters())
         assert [n for n, p in parameters.items() if p.grad is not None] == [f"{name}.weight"]
         assert len({n.split(".")[2] for n, p in parameters.items() if ".layers." in n and not p.is_meta}) == 1
         seen.append(name)
-        add(self, name, weight)
+        see(self, name, weight)
 
-    monkeypatch.setattr(gradients._Sums, "_add", watched)
+    monkeypatch.setattr(gradients._Sums, "_see", watched)
     taken(model, tmp_path)
     assert len(seen) == 4 * 21

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress.calib.stats import LayerStats
+from compress.calib.stats import LayerStats, damped
 
 SUMS = ("x_sum", "x_sq", "x_min", "x_max", "hessian", "sample")
 
@@ -68,3 +68,18 @@ def test_the_energy_of_outputs_needs_half_of_a_hessian():
     x, weight = torch.randn(700, 600, dtype=torch.float64), torch.randn(5, 600, dtype=torch.float64)
     stats = LayerStats(700, hessian=x.T @ x)
     assert stats.output_energy(weight) == pytest.approx((x @ weight.T).square().sum().item(), rel=1e-12)
+
+
+def test_damping_lasts_as_long_as_it_is_wanted():
+    x = inputs()
+    x[:, 3] = 0
+    stats = seen(x, "hessian")
+    before = stats.hessian.clone()
+    mean = before.diagonal().mean()
+    with pytest.raises(KeyError), damped(stats, 0.1) as hessian:
+        assert hessian is stats.hessian, "not a copy"
+        added = (hessian - before).diagonal()
+        torch.testing.assert_close(added[:3], 0.1 * mean.expand(3), rtol=1e-3, atol=0)
+        assert added[3] == mean, "of an input that is always zero"
+        raise KeyError
+    assert torch.equal(stats.hessian, before)

@@ -7,6 +7,7 @@ import torch
 from tiny import ARCHITECTURES, save_tiny
 
 from compress.activations import InputPreparer
+from compress.calib.hidden import Sequences
 from compress.calib.norms import emitting_norms
 from compress.calib.observe import observe, saturation, shared_inputs
 from compress.calib.weight_files import read_all
@@ -82,14 +83,14 @@ def test_folding_alone_changes_no_output_and_statistics_are_those_of_the_new_inp
     layers = [layer for layer in block.layers if layer.name in shared]
     norms = emitting_norms(block, shared, hidden[0])
     needs = frozenset({"x_sum", "x_sq", "x_min", "x_max", "hessian"})
-    stats = observe(block, layers, hidden, needs, shared)
+    stats = observe(block, layers, Sequences(hidden), needs, shared)
     preparer = InputPreparer(step, norms, shared, Journal(tmp_path / "log.jsonl"))
     prepared = preparer.prepare(layers, {layer.name: recipe.target.layer_plan() for layer in layers}, stats)
     for layer in layers:
         layer.install(prepared[layer.name].folded(layer.weight.float()))
     for old, new in zip(before, (block(each) for each in hidden), strict=True):
         assert (new - old).norm() <= 1e-5 * old.norm()
-    again = observe(block, layers, hidden, needs, shared)
+    again = observe(block, layers, Sequences(hidden), needs, shared)
     for layer in layers:
         for name in needs:
             expected = getattr(again[layer.name], name)

@@ -11,7 +11,7 @@ from compress.recipe import read_recipe
 def run(llama_folder, text_file):
     calib = {"source": str(text_file), "nsamples": 2, "seqlen": 32}
     recipe = read_recipe(None, {"model": str(llama_folder), "calib": calib, "target": {"sparsity": 0.5}})
-    return lambda out, text=None, dry_run=False: run_command(recipe, out, (text, 2), dry_run, "cpu")
+    return lambda out, text=None, dry_run=False: run_command(recipe, out, (text, 2), dry_run)
 
 
 def test_a_model_that_is_not_ours_is_never_overwritten(llama_folder, tmp_path, run):

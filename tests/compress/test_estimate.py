@@ -21,7 +21,7 @@ def ask(llama_folder, text_file):
     def ask(out, dry_run, target, **more):
         calib = {"source": str(text_file), "nsamples": 4, "seqlen": 32}
         values = {"model": str(llama_folder), "calib": calib, "target": {"sparsity": 0.6, **target}, **more}
-        return run_command(read_recipe(None, values), out, (None, 2), dry_run, "cpu")
+        return run_command(read_recipe(None, values), out, (None, 2), dry_run)
 
     return ask
 

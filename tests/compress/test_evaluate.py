@@ -73,8 +73,60 @@ def test_several_protocols_in_one_command(call, llama_folder, text_file):
         (["--tasks", "piqa", "--against", "x"], "give --ppl"),
         (["--tasks", "piqa", "--protocol", "wanda"], "give --ppl"),
         (["--ppl", "builtin", "--against", "no-such-model"], "no model no-such-model"),
+        (["no-such-model", "--ppl", "builtin"], "no model no-such-model"),
+        (["other", "--tasks", "piqa", "--tasks-out", "x.json"], "one checkpoint"),
+        (["--ppl", "builtin", "--save", "nowhere/x.json"], "there is no folder nowhere"),
     ],
 )
 def test_flags_that_do_not_fit_are_one_line(call, flags, line):
     code, out, err = call(*flags)
     assert code == 2 and out == "" and line in err.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def smaller(tmp_path):
+    return save_tiny(tmp_path / "smaller", num_hidden_layers=2)
+
+
+def test_several_checkpoints_make_one_table(call, llama_folder, smaller, text_file, tmp_path):
+    """The change of a perplexity is what --against measures of the two, with its error."""
+    flags = ["--ppl", text_file, "--protocol", "compress,lm-eval", "--seqlen", 32, "--max-windows", 4]
+    code, out, _ = call(smaller, *flags, "--json", "--save", tmp_path / "all.json")
+    found = json.loads(out)
+    assert code == 0 and found == json.loads((tmp_path / "all.json").read_text())
+    assert list(found["checkpoints"]) == [llama_folder.name, "smaller"]
+    alone = measure_texts(open_model(smaller), [TextRequest(str(text_file), "compress", 32, None, 4)], QUIET)
+    assert found["checkpoints"]["smaller"]["measured"][0]["window_nll"] == alone[0]["window_nll"]
+    request = TextRequest(str(text_file), "compress", 32, None, 4)
+    pair = measure_texts(open_model(smaller), [request], QUIET, open_model(llama_folder))[0]
+    rows = {row["measure"]: row["cells"] for row in found["compared"]}
+    assert list(rows) == [
+        "perplexity, words, compress",
+        "perplexity, words, lm-eval",
+        "a word's, words, lm-eval",
+        "size of the weights",
+    ]
+    first, second = rows["perplexity, words, compress"]
+    assert first["value"] == pytest.approx(pair["dense_perplexity"]) and first["change"] is None
+    assert math.log(second["change"]) == pytest.approx(pair["excess_nll"])
+    assert second["change_se"] == pytest.approx(second["change"] * pair["excess_nll_se"])
+    assert second["change_se"] < second["se"]
+    sizes = [one["bytes"] for one in found["checkpoints"].values()]
+    assert rows["size of the weights"][1]["change"] == sizes[1] / sizes[0]
+    code, out, _ = call(smaller, *flags, "--against", llama_folder)
+    assert (
+        code == 0
+        and "KL in nats, words, compress" in out
+        and "(× " in out
+        and f"changes from {llama_folder.name}" in out
+    )
+
+
+def test_what_is_measured_stays_when_a_later_checkpoint_fails(call, smaller, text_file, tmp_path):
+    config = smaller / "config.json"
+    config.write_text(config.read_text().replace('"vocab_size": 200', '"vocab_size": 100'))
+    flags = ["--ppl", text_file, "--seqlen", 32, "--max-windows", 2, "--save", tmp_path / "all.json"]
+    code, out, _ = call(smaller, *flags)
+    assert code in (2, 3) and out == ""
+    (kept,) = json.loads((tmp_path / "all.json").read_text())["checkpoints"].values()
+    assert kept["perplexity"]["words"] > 1

@@ -20,7 +20,7 @@ def test_errors_that_are_not_the_disks_pass():
 
 
 @pytest.mark.parametrize(
-    ("number", "line"), [(28, "no space left writing"), (27, "File too large"), (30, "may not write")]
+    ("number", "line"), [(28, r"no space left in .* \(.* free\) to write a\.safetensors, which takes 4 B: "), (27, "File too large"), (30, "may not write")]
 )
 def test_the_systems_error_inside_that_of_safetensors_is_found(tmp_path, monkeypatch, number, line):
     def fail(*_, **__):
@@ -29,3 +29,9 @@ def test_the_systems_error_inside_that_of_safetensors_is_found(tmp_path, monkeyp
     monkeypatch.setattr(files, "save_file", fail)
     with pytest.raises(RunError, match=line):
         write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
+
+
+def test_who_may_read_tensors_is_what_the_umask_says(tmp_path):
+    write_text(tmp_path / "text", "")
+    write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(1)})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "text").stat().st_mode

@@ -1,12 +1,14 @@
+import copy
 import json
 
 import pytest
 from tiny import save_tiny
 
 from compress import cli
+from compress.calib.skeleton import load_tokenizer
 from compress.errors import InputError
 from compress.generate import GenerateOptions, generate
-from compress.hf import load_model, load_tokenizer
+from compress.hf import load_model
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,27 @@ def test_requests_that_cannot_be_met(loaded):
         generate(*loaded[1:], "w5", GenerateOptions(chat=True))
     with pytest.raises(InputError, match="do not fit the model's 128"):
         generate(*loaded[1:], "w5 " * 100, GenerateOptions(max_new_tokens=100))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__ }}",  # a way out of the sandbox
+        "{% for i in range(10**9) %}x{% endfor %}",
+        "{{ messages[0].content.nothing.more }}",
+        "{{ 1 / 0 }}",
+        "{{ raise_exception('no') }}",
+        "{% if",
+        "{% include 'x' %}",
+    ],
+)
+def test_a_template_that_fails_or_wants_out_is_one_line_and_only_where_it_is_asked_for(loaded, template):
+    _, model, tokenizer = loaded
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    assert generate(model, tokenizer, "w5", GenerateOptions(1)).new_tokens == 1
+    with pytest.raises(InputError, match=r"chat template does not take this message .*: leave --chat out"):
+        generate(model, tokenizer, "w5", GenerateOptions(1, chat=True))
 
 
 class Halves:

@@ -7,9 +7,10 @@ import torch
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
+from compress.calib.skeleton import load_tokenizer
 from compress.checkpoint.formats import open_weights
 from compress.errors import InputError
-from compress.hf import compressed_layers, load_model, load_tokenizer
+from compress.hf import compressed_layers, load_model
 from compress.kernel_report import kernel_report
 from compress.kernels.inference import CompressedLinear, PackedEmbedding
 from compress.pipeline import compress
@@ -28,7 +29,7 @@ TARGETS = {
 def checkpoint(model, out, target, format_name="native", quantizer="rtn"):
     flags = {"model": str(model), "quantizer": quantizer, "format": format_name, "target": target}
     flags["calib"] = {"source": "builtin", "nsamples": 2, "seqlen": 16}
-    compress(read_recipe(None, flags), resolve_model(str(model)), out, Reporter(), "cpu")
+    compress(read_recipe(None, flags), resolve_model(str(model)), out, Reporter())
     return out
 
 

@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from random_llama import write_random_llama
 from tiny import save_tiny
+from transformers import LlamaConfig
+
+from compress.bench.make_model import RandomModel, make_model
 
 
 def peak(folder, out):
@@ -19,7 +21,8 @@ def peak(folder, out):
 
 @pytest.mark.slow
 def test_a_model_of_630_mb_takes_less_than_half_of_that(tmp_path):
-    folder = write_random_llama(tmp_path / "large", "memory-test", vocab_size=1000, shard_bytes=100_000_000)
-    large, tiny = peak(folder, tmp_path / "a"), peak(save_tiny(tmp_path / "tiny"), tmp_path / "b")
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16}
+    make_model(RandomModel(LlamaConfig(vocab_size=1000, **sizes), shard_bytes=100_000_000), tmp_path / "large")
+    large, tiny = peak(tmp_path / "large", tmp_path / "a"), peak(save_tiny(tmp_path / "tiny"), tmp_path / "b")
     assert large["dense_bytes"] > 600e6
     assert large["peak_rss_bytes"] - tiny["peak_rss_bytes"] < 0.45 * large["dense_bytes"]

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from compress.calib.data import evaluation_windows
+from compress.calib.skeleton import load_tokenizer
 from compress.evaluate import evaluate
-from compress.hf import compressed_layers, load_model, load_tokenizer
+from compress.hf import compressed_layers, load_model
 from compress.pipeline import compress
 from compress.progress import Reporter
 from compress.recipe import read_recipe

@@ -31,7 +31,7 @@ def native(tmp_path_factory):
     (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": TEMPLATE}))
     flags = {"model": str(model), "quantizer": "rtn", "format": "native"}
     flags |= {"target": {"wbits": 4, "group_size": 32}, "calib": {"source": "builtin", "nsamples": 2, "seqlen": 16}}
-    compress(read_recipe(None, flags), model, folder / "tiny-4", Reporter(), "cpu")
+    compress(read_recipe(None, flags), model, folder / "tiny-4", Reporter())
     assert open_weights(folder / "tiny-4").packed
     return folder / "tiny-4"
 

@@ -7,11 +7,11 @@ import pytest
 from tiny import tiny_text
 
 from compress.calib.model import Model
+from compress.calib.skeleton import load_tokenizer
 from compress.checkpoint.formats import open_weights
 from compress.errors import InputError
 from compress.eval.perplexity import score
 from compress.eval.protocols import cut_text
-from compress.hf import load_tokenizer
 from compress.pipeline import compress
 from compress.progress import Reporter
 from compress.recipe import read_recipe

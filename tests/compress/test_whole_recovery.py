@@ -99,7 +99,7 @@ def test_what_a_tracker_is_told(folder, text_file, tmp_path):
         check_tracker("tensorbored")
     with pytest.raises(InputError, match="tracker tensorboard has nothing to do"):
         plain = read_recipe(None, {"model": str(folder), "target": {"wbits": 4}})
-        run_command(plain, tmp_path / "other", (None, 1), False, "cpu", "tensorboard")
+        run_command(plain, tmp_path / "other", (None, 1), False, tracker="tensorboard")
 
 
 def test_killed_between_and_in_methods_it_ends_with_the_same_files(folder, text_file, tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def python_of(peer: Peer, folder: Path, reporter: Reporter) -> Path:
     home = folder / peer.name
     mark, python = home / "installed.json", home / "bin" / "python"
     ours = [REPOSITORY / part for part in peer.ours]
-    wanted = [TORCH, *peer.requirements, *map(str, ours)]
+    wanted = [*(_packages_here() if peer.on_top else [TORCH]), *peer.requirements, *map(str, ours)]
     if mark.exists() and read_json(mark)["requirements"] == wanted:
         return python
     if lacking := [part for part in ours if not (part / "pyproject.toml").exists()]:
@@ -56,18 +56,37 @@ def python_of(peer: Peer, folder: Path, reporter: Reporter) -> Path:
     shutil.rmtree(home, ignore_errors=True)
     _succeed([sys.executable, "-m", "venv", str(home)], peer)
     pip = [str(python), "-m", "pip"]
-    for source in TORCH_FROM[:-1]:
-        if _run([*pip, "install", "-q", *source]).returncode == 0:
-            break
+    if peer.on_top:
+        _show_packages_here(python, peer)
+        _succeed([*pip, "install", "-q", *peer.requirements], peer)
     else:
-        _succeed([*pip, "install", "-q", *TORCH_FROM[-1]], peer)
-    _succeed([*pip, "install", "-q", TORCH, *peer.requirements], peer)
+        _install_torch(pip, peer)
+        _succeed([*pip, "install", "-q", TORCH, *peer.requirements], peer)
     if peer.unwanted:
         _succeed([*pip, "uninstall", "-q", "-y", *peer.unwanted], peer)
     for part in ours:  # as they are here, whatever is edited
         _succeed([*pip, "install", "-q", "--no-deps", "--no-build-isolation", "-e", str(part)], peer)
     write_json(mark, {"requirements": wanted, "packages": _succeed([*pip, "freeze"], peer).split()})
     return python
+
+
+def _install_torch(pip: list[str], peer: Peer) -> None:
+    for source in TORCH_FROM[:-1]:
+        if _run([*pip, "install", "-q", *source]).returncode == 0:
+            return
+    _succeed([*pip, "install", "-q", *TORCH_FROM[-1]], peer)
+
+
+def _packages_here() -> list[str]:
+    """The folders of packages that this interpreter imports from."""
+    return [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+
+
+def _show_packages_here(python: Path, peer: Peer) -> None:
+    """Let an environment see this one's packages, behind its own; pip then takes them for installed."""
+    place = _succeed([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], peer).strip()
+    lines = "".join(f"import site; site.addsitedir({path!r})\n" for path in _packages_here())
+    (Path(place) / "below.pth").write_text(lines, encoding="utf-8")
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -93,7 +112,7 @@ def ask(peer: Peer, python: Path, action: str, request: dict[str, Any], folder: 
     file, answer, log = folder / f"{action}.json", folder / f"{action}.answer.json", folder / f"{action}.log"
     answer.unlink(missing_ok=True)
     write_json(file, {**request, "answer": str(answer)})
-    usage = _timed([str(python), str(SCRIPTS / peer.script), action, str(file)], _environ(peer), log)
+    usage = _timed([str(python), str(SCRIPTS / peer.script), action, str(file)], environ_of(peer), log)
     if not answer.exists():
         raise RunError(f"{peer.name} ended with exit code {usage.exit_code} and no answer: see {log}")
     found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
@@ -102,11 +121,11 @@ def ask(peer: Peer, python: Path, action: str, request: dict[str, Any], folder: 
     return found | {"usage": usage}
 
 
-def _environ(peer: Peer) -> dict[str, str]:
+def environ_of(peer: Peer, scripts: Path = SCRIPTS) -> dict[str, str]:
     """Environment variables of a script: its neighbours can be imported, hubs are not asked, nothing of ours leaks."""
     own = os.environ.get("PYTHONPATH", "")
-    inherited = own.split(os.pathsep) if own and not peer.requirements else []
-    path = os.pathsep.join([str(SCRIPTS), *inherited])
+    inherited = own.split(os.pathsep) if own and (peer.on_top or not peer.requirements) else []
+    path = os.pathsep.join([str(scripts), *inherited])
     return {**os.environ, "PYTHONPATH": path, "PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1", **peer.environ}
 
 

@@ -346,7 +346,7 @@ def test_a_run_that_goes_on_has_the_same_plan_and_bytes(tmp_path, text_file, lla
 
 def test_a_dry_run_shows_the_plan(tmp_path, text_file, llama_folder):
     recipe = recipe_for(llama_folder, text_file, "3.3bits")
-    report = run_command(recipe, tmp_path / "out", (None, 2), True, "cpu")
+    report = run_command(recipe, tmp_path / "out", (None, 2), True)
     console = Console(width=140, file=io.StringIO())
     console.print(*report.tables, sep="\n")
     text = console.file.getvalue()

@@ -212,6 +212,8 @@ def test_one_adapter_takes_the_place_of_another_and_goes_with_its_checkpoint(mak
     corrected = [replace(layer, correction=random_correction(bits=2)) for layer in layers]
     write_adapter(folder, corrected)
     assert [file.name for file in (folder / "adapter").iterdir()] == ["corrections.safetensors"]
+    (folder / "adapter-for-dense").mkdir()
+    (folder / "adapter-for-dense" / "adapter_model.safetensors").touch()
     remove_checkpoint(folder)
     assert [file.name for file in folder.iterdir()] == ["run"]
     assert write_adapter(folder, []) == {} and not (folder / "adapter").exists()

@@ -62,7 +62,7 @@ def _compress(model: Path, out: Path, target: str) -> Path:
     flags |= {"quantizer": "rtn"} if "wbits" in asked else {}
     flags |= {"pruner": "magnitude"} if asked.keys() & {"sparsity", "pattern"} else {}
     flags |= {"format": "gptq"} if "gptq" in target else {}
-    compress(read_recipe(None, flags), resolve_model(str(model)), out, Reporter(), "cpu")
+    compress(read_recipe(None, flags), resolve_model(str(model)), out, Reporter())
     return out
 
 

@@ -306,7 +306,7 @@ def test_what_is_left_is_quantized_in_the_same_run(tmp_path, text_file):
 def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path, text_file):
     folder = save_tiny(tmp_path / "dense")
     recipe = recipe_for(folder, text_file, {"sparsity": 0.3})
-    report = run_command(recipe, tmp_path / "out", (None, 1), True, "cpu")
+    report = run_command(recipe, tmp_path / "out", (None, 1), True)
     assert report.data["sparsity"] == pytest.approx(0.3, abs=0.02)
     assert report.data["compressed_bytes"] < report.data["dense_bytes"]
     assert not (tmp_path / "out").exists()

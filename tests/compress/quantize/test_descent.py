@@ -2,7 +2,7 @@ import pytest
 import torch
 from tasks import error, random_task
 
-from compress.calib.stats import damped_hessian
+from compress.calib.stats import damped
 from compress.kernels.weights import Grid
 from compress.quantize.descent import Columns, descend
 from compress.quantize.gptq import Options, quantize_layer
@@ -18,6 +18,11 @@ def nearest(task, keep=None):
     if keep is not None:
         steps *= keep
     return Columns(steps, grid.scale.T.contiguous(), grid.zero_point.T.contiguous(), plan.wbits, keep)
+
+
+def damped_hessian(stats, damping):
+    with damped(stats, damping) as hessian:
+        return hessian.clone()
 
 
 def loss(columns, task, hessian):
