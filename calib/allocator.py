@@ -1,13 +1,14 @@
 """Memory that is freed goes back to the system.
 
-glibc keeps freed pieces of up to 32 MiB for itself: after the statistics of a wide block that is half a gigabyte.
+glibc keeps freed pieces of up to 32 MiB for itself, and they come to half a gigabyte while a wide layer is solved. To map
+larger ones each time costs far less than what is done with them.
 """
 
 import ctypes
 import sys
 
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of mallopt(3)
-MAPPED = 20 * 2**20  # bytes; what steps make of a chunk of weights, 16 MiB, is soon needed again
+MAPPED = 4 * 2**20  # bytes
 
 
 def map_large() -> None:

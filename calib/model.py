@@ -172,7 +172,9 @@ class Model:
         self.lm.requires_grad_(False)
         if info.mismatched_keys:
             name, found, wanted = sorted(info.mismatched_keys)[0]
-            raise InputError(f"{name} is {list(found)} in {self.folder} but config.json says {list(wanted)}: restore it")
+            raise InputError(
+                f"{name} is {list(found)} in {self.folder} but config.json says {list(wanted)}: restore it"
+            )
         if info.conversion_errors:
             raise InputError(f"{self.folder}: {next(iter(info.conversion_errors.values()))}")
         return set(info.missing_keys)

@@ -5,10 +5,11 @@ that leaves is refused: what lies there would be read, and the tokenizer's files
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from compress.errors import CompressError, InputError
+from compress.errors import CompressError, InputError, RunError
 
 MEND = "restore or download it again"
 MOST_BYTES = 1 << 28  # of a file of text; a tokenizer of 262,144 words has 2**25
@@ -42,12 +43,30 @@ def check_text_files(folder: Path) -> None:
             _check_length(file, InputError)
 
 
+def check_folder(folder: Path) -> None:
+    """Raise RunError unless all that lies in `folder`, a run's, is ordinary files and folders of its own."""
+    for place, folders, files in os.walk(folder):  # which takes it that files come and go meanwhile
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        for name in sorted([*links, *files]):
+            check_file(Path(place, name), folder, RunError)
+
+
+def read_text(file: Path, error: type[CompressError] = InputError) -> str:
+    """A file of text that the user names. Raises FileNotFoundError, or `error` if it is no file or far too long.
+
+    OSError and UnicodeDecodeError are the caller's to explain.
+    """
+    if file.exists() and not file.is_file():
+        raise error(f"{file} is no ordinary file: {MEND}")
+    _check_length(file, error)
+    return file.read_text(encoding="utf-8")
+
+
 def read_object(file: Path, error: type[CompressError] = InputError) -> dict[str, Any]:
     """A JSON object from a file of a model's folder. Raises `error` if it is none, or no file of that folder."""
     check_file(file, error=error)
     try:
-        _check_length(file, error)
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(read_text(file, error))
     except (OSError, ValueError, RecursionError) as reason:
         raise error(f"cannot read {file} ({first_line(reason)}): {MEND}") from reason
     if not isinstance(found, dict):

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from compress.calib.allocator import return_freed
 from compress.calib.hidden import Sequences
 from compress.calib.layers import PRODUCTS, Layer
 from compress.calib.model import Block
@@ -87,7 +86,6 @@ def observe(
                     each.multiply()
     summing.collect()
     seen = {layer.name: sums.pop(layer.name).finish(layer) for layer in layers if owners.has(layer.name)}
-    return_freed()
     return seen | {name: seen[first] for name, first in shared.items() if first in seen}
 
 

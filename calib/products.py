@@ -10,6 +10,8 @@ from collections.abc import Container, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from compress.calib.allocator import return_freed
+
 PANEL = 512  # rows of a sum that are made together
 
 Panels = dict[int, Tensor]
@@ -106,6 +108,7 @@ def _whole(sums: Panels, less: Tensor | None = None) -> Tensor:
     for place, rows in enumerate(panels(width)):
         panel = sums.pop(place)
         whole[rows, : panel.shape[1]] = panel if less is None else panel.double().sub_(less[rows])
+    return_freed()
     return whole
 
 

@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 from torch import Tensor
 
@@ -198,10 +198,13 @@ def _reader(
     work: Work, block: Block, layer: Layer, stats: dict[str, LayerStats], inputs: dict[str, Prepared]
 ) -> Reader:
     """A layer with what is known of its input, which is taken from `stats`: it is not to stay in memory."""
-    gradients, prepared = work.gradients.of(block.index, layer.name), inputs.get(layer.name)
-    if prepared is not None:
-        gradients = prepared.gradients(gradients)
-    return Reader(layer, replace(stats.pop(layer.name, LayerStats(0)), **gradients), prepared)
+    prepared = inputs.get(layer.name)
+
+    def gradients() -> dict[str, Any]:
+        found = work.gradients.of(block.index, layer.name)
+        return found if prepared is None else prepared.gradients(found)
+
+    return Reader(layer, stats.pop(layer.name, LayerStats(0)), prepared, gradients)
 
 
 def _preparer(work: Work, block: Block, shared: dict[str, str], example: Tensor | None) -> InputPreparer | None:

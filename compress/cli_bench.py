@@ -225,7 +225,9 @@ def ranks(
     model: ModelName,
     counts: Annotated[
         list[int] | None,
-        typer.Option("--ranks", min=1, help="How many; may be repeated. The first is compared with.", show_default="1, 2"),
+        typer.Option(
+            "--ranks", min=1, help="How many; may be repeated. The first is compared with.", show_default="1, 2"
+        ),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML recipe.", show_default="4 bits by GPTQ")] = None,
     calib: Annotated[str | None, typer.Option(help="Calibration text.", show_default="c4")] = None,

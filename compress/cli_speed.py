@@ -111,7 +111,7 @@ def runtimes(
 
     names = tuple(name.strip() for name in runtime.split(",")) if runtime else ()
     protocol = SpeedProtocol(prompt_tokens, new_tokens, repeats)
-    place = out or checkpoint.with_name(f"{checkpoint.resolve().name}-runtimes")
+    place = out or (whole := checkpoint.resolve()).with_name(f"{whole.name}-runtimes")
     request = RuntimesRequest(checkpoint, place, names, protocol, threads, envs, llama_bench, prompts)
     finish(bench_runtimes(request), as_json)
 

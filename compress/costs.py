@@ -4,7 +4,6 @@ Seconds come from what a part of the same work takes on this machine: a block is
 are multiplied, and the steps go over small layers (rehearsal.py).
 """
 
-import itertools
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ TOKENIZER = 10  # resident bytes for each byte of tokenizer.json
 TRIED = 512  # tokens of the sequence that a block is tried on
 ELEMENT = 1e-9  # seconds of one number's turn in a simple operation that runs through memory
 DISK = 4e8  # bytes a second, of files that are written and synced
-CHUNK = 20 * 4 * 2**22  # bytes that a step holds of the weights it solves together
+CHUNK = 12 * 4 * 2**22  # bytes that a step holds of the weights it solves together
 
 Seconds = dict[str, float]  # by stage, as `compress inspect` names them
 
@@ -131,17 +130,16 @@ class Costs:
 
     def _solving_bytes(self) -> int:
         """Of the input that takes most, when its turn comes: later ones have their statistics still."""
-        squares = [4 * width**2 if "hessian" in self._needs else 0 for width in self._tried.inputs]
-        waiting = list(itertools.accumulate(reversed(squares)))[::-1]  # of this input and all later ones
-        matrices = sum(step.matrices for step in self._steps)
-        states = [4 * most(layer.n_weights for layer in self.layers if layer.shape[1] == w) for w in self._tried.inputs]
-        kept = self._packed_bytes // self.model.n_blocks + self._block_bytes // self._width
-        a_solve = (
-            (1 + bool(self._drift)) * each + matrices * own + (4 + len(self._needs & FIELDS)) * state
-            for each, own, state in zip(waiting, squares, states, strict=True)
-        )
-        chunk = min(CHUNK, 20 * most(states))
-        return int(max(a_solve, default=0)) + kept + chunk
+        drift, fields, inputs = bool(self._drift), len(self._needs & FIELDS), self._tried.inputs
+        squares = [4 * width**2 if "hessian" in self._needs else 0 for width in inputs]
+        states = [4 * most(layer.n_weights for layer in self.layers if layer.shape[1] == width) for width in inputs]
+        matrices, largest = sum(step.matrices for step in self._steps), 0
+        for place, (own, state) in enumerate(zip(squares, states, strict=True)):
+            beginning = (1 + 2 * drift) * own + 2 * state  # while drift is made up for
+            solving = (1 + matrices) * own + (4 + fields) * state + min(CHUNK, 12 * state)
+            largest = max(largest, (1 + drift) * sum(squares[place + 1 :]) + max(beginning, solving))
+        masks = self._block_bytes // self._width if any(layer.plan.sparsity for layer in self.layers) else 0
+        return largest + self._packed_bytes // self.model.n_blocks + masks
 
     def _observing_bytes(self) -> int:
         """Of the sums over tokens: float32 while there is one bunch, then float64."""

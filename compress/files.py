@@ -18,7 +18,15 @@ from compress.errors import NO_ROOM, RunError
 from compress.report import size
 
 PARTIAL = ".partial"
-UNWRITABLE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EFBIG, errno.EIO)
+UNWRITABLE = (
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ELOOP,
+)
 
 
 @contextlib.contextmanager

@@ -7,13 +7,15 @@ calibration samples, and for tasks the error of the difference over the same doc
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from compress.calib.model_files import read_text
 from compress.errors import InputError
 from compress.recipe import validation_line
 
+Measured = Annotated[float, Field(ge=-1e100, le=1e100)]  # whose square is a number, too
 CONFIDENCE = 0.99  # a new run of the same quality is called worse once in a hundred figures
 
 
@@ -52,9 +54,9 @@ class Recorded(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     kind: Literal["perplexity", "kl", "top1", "task", "size", "speed"]
-    values: list[float] = Field(min_length=1)
-    se: float | None = None
-    each: list[float] | None = None
+    values: list[Measured] = Field(min_length=1)
+    se: Measured | None = None
+    each: list[Measured] | None = None
     lower: bool = False
 
 
@@ -89,7 +91,7 @@ class Verdict:
 def read_baseline(file: Path) -> Baseline:
     """A baseline from its file. Raises InputError if it is missing or not one."""
     try:
-        return Baseline.model_validate_json(file.read_text(encoding="utf-8"))
+        return Baseline.model_validate_json(read_text(file))
     except FileNotFoundError as error:
         raise InputError(f"there is no baseline {file}: make one with --record") from error
     except (OSError, UnicodeDecodeError) as error:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from compress.calib.model_files import check_folder
 from compress.checkpoint.dense_view import quantization_settings, read_config
 from compress.checkpoint.formats import open_weights
 from compress.errors import InputError, printable
@@ -22,6 +23,7 @@ def inspect(path: Path) -> Report:
         data |= _checkpoint(path)
         tables.append(f"{path}: {data['format']}, {size(data['bytes'])} in {data['tensors']} tensors")
     if (run / "log.jsonl").is_file():
+        check_folder(run)
         journal = Journal(run / "log.jsonl").read()
         data |= {"layers": _layers(journal), "seconds": split(journal), "expected_seconds": expected(journal)}
         data["result"] = Finished(run).read()

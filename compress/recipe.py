@@ -10,6 +10,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from compress.allocate.choices import CHOICES, Budget, Choice, read_choices
+from compress.calib.model_files import read_text
 from compress.errors import InputError
 from compress.task import LayerPlan
 from compress.training_budget import TrainingBudget
@@ -302,7 +303,7 @@ def read_recipe(file: Path | None, flags: dict[str, Any]) -> Recipe:
     values: dict[str, Any] = {}
     if file is not None:
         try:
-            values = tomllib.loads(file.read_text(encoding="utf-8"))
+            values = tomllib.loads(read_text(file))
         except FileNotFoundError as error:
             raise InputError(f"there is no recipe {file}") from error
         except OSError as error:

@@ -32,12 +32,13 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
+from compress.calib.model_files import check_folder, read_text
 from compress.calib.ranks import ALONE, Ranks
 from compress.calib.weight_files import read_all
 from compress.errors import InputError, RunError
 from compress.files import disk_errors, replace_file, sha256, write_json, write_tensors, write_text
-from compress.journal_lines import check_line
 from compress.recipe import Recipe, read_recipe
+from compress.run_lines import check_line
 
 MEND = "take another --out, or remove it to start over"
 OF_THE_DENSE_MODEL = ("tokens", "gradients", "teacher")  # what runs of one model on the same text have in common
@@ -76,6 +77,7 @@ class RunDir:
         with contextlib.ExitStack() as stack, ranks.first_goes_first():
             if ranks.first:
                 stack.enter_context(held(path))
+                check_folder(path)
                 if self._shared is not None:
                     stack.enter_context(held(self._shared))
                 with disk_errors(path):
@@ -256,9 +258,10 @@ class Journal:
     def __init__(self, path: Path, silent: bool = False):
         self.path, self.silent = path, silent
         if path.exists() and not silent:
-            text = path.read_bytes()
-            if text and not text.endswith(b"\n"):
-                os.truncate(path, text.rfind(b"\n") + 1)  # in place: a kill while all is written anew would lose it
+            with disk_errors(path):
+                text = path.read_bytes()
+                if text and not text.endswith(b"\n"):
+                    os.truncate(path, text.rfind(b"\n") + 1)  # in place: a kill while all is written anew would lose it
         self._opened_at = path.stat().st_size if path.exists() else 0
 
     def write(self, **values: Any) -> None:
@@ -294,7 +297,7 @@ def _journal_line(line: bytes) -> dict[str, Any]:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises RunError if it is none."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(read_text(file, RunError))
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{file} is damaged ({error}): remove it and run the same command again") from error
     if not isinstance(values, dict):

@@ -1,7 +1,7 @@
 """Take the layers that read one input through every step, with a line in the journal for each."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -29,6 +29,7 @@ class Reader:
     layer: Layer
     stats: LayerStats
     prepared: Prepared | None  # None: the input stays as it is
+    gradients: Callable[[], dict[str, Any]] = dict  # those fields of LayerStats, read when their turn comes
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _begin(work: Work, reader: Reader) -> _Begun:
     weight = weight if prepared is None else prepared.folded(weight)
     if plan.changes:  # a layer that nothing is asked of stays as it came, to the last bit
         weight = make_up(stats, weight, work.drift)
-    stats = replace(stats, drift=None, drift_sum=None)
+    stats = replace(stats, drift=None, drift_sum=None, **reader.gradients())
     task = LayerTask(layer.name, weight, weight, stats, plan, work.model.dtype, adapter_bits=work.adapter_bits)
     if work.needs and not stats.n_tokens:
         task = task.noted(

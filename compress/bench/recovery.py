@@ -111,7 +111,9 @@ def _recovered(method: str, folder: Path, asked: RecoveryBench, device: str) -> 
         "format": "native",
     }
     with tempfile.TemporaryDirectory() as out:
-        (figures,) = compress(read_recipe(None, flags), folder, Path(out), Reporter(quiet=True), Ranks(device=device))["recovery"]
+        (figures,) = compress(read_recipe(None, flags), folder, Path(out), Reporter(quiet=True), Ranks(device=device))[
+            "recovery"
+        ]
         lines = Journal(Path(out) / "run" / "log.jsonl").read()
     rates = [line["tokens_per_second"] for line in lines if line["event"] == "train"]
     return {

@@ -5,10 +5,12 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from compress.calib.model_files import check_folder
 from compress.errors import InputError
 from compress.inspection import notes, split
 from compress.recipe import Recipe, read_recipe
 from compress.run_dir import Finished, Journal, read_json
+from compress.run_lines import check_about, check_result
 from compress.task import LayerPlan
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")  # a component of a layer's name: its block, or its expert
@@ -27,11 +29,15 @@ def run_data(path: Path) -> dict[str, Any]:
     folder = run_folder(path)
     if folder is None:
         raise InputError(f"{path} holds no run (no run/log.jsonl): give the --out of `compress run`, or of a sweep")
+    check_folder(folder)
     recipe, journal, finished = read_recipe(folder / "recipe.toml", {}), Journal(folder / "log.jsonl"), Finished(folder)
     lines, result = journal.read(), finished.read()
+    if result is not None:
+        check_result(result, finished.file)
     name = (folder.parent if folder.resolve().name == "run" else folder).resolve().name
     perplexity = found_perplexity(folder, result)
     about = read_json(folder / "run.json")
+    check_about(about, folder / "run.json")
     return {
         "kind": "run",
         "name": name,

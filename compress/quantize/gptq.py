@@ -39,7 +39,7 @@ class Options(MethodOptions):
 
 def flops(out_features: int, in_features: int, options: Options) -> float:
     """Operations that one layer takes, beyond a pass of SparseGPT; for estimates of time."""
-    return 2 * out_features * in_features**2 * (options.passes + 2)
+    return 2 * out_features * in_features**2 * (1 + (options.passes + 1 if options.passes else 0))
 
 
 def quantize_layer(task: LayerTask, options: Options) -> LayerTask:

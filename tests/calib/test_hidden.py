@@ -27,6 +27,8 @@ def test_a_disk_without_room_for_them_is_found_before_a_mapping_is_written(tmp_p
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(RunError, match=r"hidden_states\.bin takes .* MiB for hidden states, and .* MiB are free \(No space left"):
+    with pytest.raises(
+        RunError, match=r"hidden_states\.bin takes .* MiB for hidden states, and .* MiB are free \(No space left"
+    ):
         HiddenStates(torch.randn(1, 6, 4), 3, tmp_path, limit=10)
     assert not list(tmp_path.iterdir())

@@ -20,7 +20,12 @@ def test_errors_that_are_not_the_disks_pass():
 
 
 @pytest.mark.parametrize(
-    ("number", "line"), [(28, r"no space left in .* \(.* free\) to write a\.safetensors, which takes 4 B: "), (27, "File too large"), (30, "may not write")]
+    ("number", "line"),
+    [
+        (28, r"no space left in .* \(.* free\) to write a\.safetensors, which takes 4 B: "),
+        (27, "File too large"),
+        (30, "may not write"),
+    ],
 )
 def test_the_systems_error_inside_that_of_safetensors_is_found(tmp_path, monkeypatch, number, line):
     def fail(*_, **__):

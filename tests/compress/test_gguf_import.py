@@ -149,7 +149,10 @@ def write_gguf_with_divisors(path, divisors):
     [
         ({"drop": ["blk.1.attn_q.weight"]}, r"lacks model\.layers\.1\.self_attn\.q_proj\.weight \(1 of"),
         ({"tensors": [("blk.0.attn_sinks.weight", (4,))]}, r"holds blk\.0\.attn_sinks\.weight"),
-        ({"tensors": [("blk.0.ffn_up.weight", (64, 64))]}, r"holds 4096 values for model\.layers\.0\.\S+, and its settings say \[128, 64\]"),
+        (
+            {"tensors": [("blk.0.ffn_up.weight", (64, 64))]},
+            r"holds 4096 values for model\.layers\.0\.\S+, and its settings say \[128, 64\]",
+        ),
         ({"keys": {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}.items()}, r"llama\.rope\.scaling\.type"),
     ],
 )

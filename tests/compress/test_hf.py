@@ -34,9 +34,11 @@ def checkpoint(model, out, target, format_name="native", quantizer="rtn"):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def unmeasured():
+def unmeasured(tmp_path_factory):
+    """No timings are made, and none that other processes have kept are read: the defaults decide."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COMPRESS_NO_MEASURING", "1")
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

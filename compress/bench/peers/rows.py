@@ -24,7 +24,7 @@ class Peer:
     unwanted: tuple[str, ...] = ()  # what pip installs with them, and they fail with
     ours: tuple[str, ...] = ()  # folders of this repository that go there too, without what they ask for
     compiles: bool = False  # when first used, which is not to be timed
-    on_top: bool = False  # what this environment has is seen there too, TORCH as well; only what is missing is installed
+    on_top: bool = False  # this environment's packages, TORCH's as well, are seen there; the rest is installed
 
 
 PEERS = (

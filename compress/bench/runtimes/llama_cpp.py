@@ -65,7 +65,9 @@ class LlamaTurns:
     def turn(self) -> None:
         """Time a prompt, and tokens after one of that length."""
         self._bench.turn(self._seqlen)
-        self.about["versions"] = {name.partition(",")[0]: "" for name in self._bench.kernels}
+        (build,) = self._bench.kernels  # "llama.cpp COMMIT, MODEL"
+        program, commit = build.partition(",")[0].split()
+        self.about["versions"] = {program: commit}
 
     @property
     def seconds(self) -> tuple[float, float]:

@@ -3,12 +3,14 @@ import json
 import pytest
 import torch
 from transformers import AutoConfig
+from typer.testing import CliRunner
 
 import compress.bench.make_model
 from compress.bench.make_model import SHAPES, RandomModel, bench_make_model, make_model
 from compress.calib.builtin_text import evaluation_text
 from compress.calib.data import calibration_windows
 from compress.calib.weight_files import read_all
+from compress.cli_bench import bench
 from compress.errors import InputError
 from compress.pipeline import open_model
 
@@ -106,3 +108,11 @@ def test_what_cannot_be_made_is_one_line(tmp_path, config_file):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(InputError, match=r"config\.json is no JSON object"):
         bench_make_model(str(tmp_path / "config.json"), tmp_path / "c", None, 0)
+
+
+def test_the_command_line_makes_one(config_file, tmp_path):
+    said = CliRunner().invoke(bench, ["make-model", str(config_file), str(tmp_path / "m"), "--layers", "1", "--json"])
+    assert said.exit_code == 0, said.output
+    data = json.loads(said.stdout)
+    assert data["layers"] == 1 and open_model(tmp_path / "m").n_blocks == 1
+    assert data["bytes"] == (tmp_path / "m" / "model.safetensors").stat().st_size

@@ -340,4 +340,4 @@ def test_llama_cpp_takes_turns(tmp_path):
     turns = LlamaTurns(LlamaBench(program, tmp_path / "any.gguf", 1, 5), 12)
     turns.turn()
     assert turns.seconds == (pytest.approx(12 / 600), pytest.approx(1 / 20))
-    assert turns.about == {"cached": True, "versions": {"llama.cpp abc": ""}}
+    assert turns.about == {"cached": True, "versions": {"llama.cpp": "abc"}}

@@ -208,7 +208,10 @@ def test_a_layer_is_described_by_its_name_then_a_pattern_then_its_class(tmp_path
         ),
         (_settings(type="float", num_bits=8, strategy="channel"), "8-bit float weights by channel: only integers"),
         (_settings(strategy="block"), "4-bit int weights by block: only integers"),
-        (_settings() | {"config_groups": {"W4A16": ["Linear"]}}, r"the config_groups of .* are no descriptions \(W4A16 = "),
+        (
+            _settings() | {"config_groups": {"W4A16": ["Linear"]}},
+            r"the config_groups of .* are no descriptions \(W4A16 = ",
+        ),
         (_settings() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "has a sparsity_config"),
     ],
 )
