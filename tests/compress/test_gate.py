@@ -96,6 +96,11 @@ def test_a_baseline_is_read_as_it_was_written(tmp_path):
         ('{"asked": {}, "figures": {"x": {"kind": "taste", "values": [1]}}}', "figures.x.kind"),
         ('{"asked": {}, "figures": {"x": {"kind": "size", "values": []}}}', "figures.x.values"),
         ('{"asked": {}, "figures": {}, "version": 2}', "version"),
+        ('{"asked": {}, "figures": {"x": {"kind": "size", "values": [NaN]}}}', "figures.x.values"),
+        ('{"asked": {}, "figures": {"x": {"kind": "size", "values": [1e999]}}}', "figures.x.values"),
+        ('{"asked": {}, "figures": {"x": {"kind": "size", "values": [1e300, 1]}}}', "figures.x.values"),
+        ('{"asked": {}, "figures": {}, "tolerance": {"size": NaN}}', "tolerance.size"),
+        ('{"asked": ' * 50_000, "is no baseline"),
     ],
 )
 def test_a_file_that_is_no_baseline_is_one_line(tmp_path, text, line):

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -140,6 +142,20 @@ def test_flags_do_not_replace_a_key_that_should_be_a_table(tmp_path):
 def test_an_empty_method_is_not_the_default_one():
     with pytest.raises(InputError, match="there is no method ''"):
         find_steps(Recipe(**OK, pruner=""))
+
+
+@pytest.mark.parametrize(
+    "text", ["a = " + "[" * 50_000, "model = 'x'\n[target]\nwbits = 1e999", "\ud800", "a" * 10_000]
+)
+def test_a_file_that_means_harm_is_one_line(tmp_path, text):
+    (tmp_path / "r.toml").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(InputError) as caught:
+        read_recipe(tmp_path / "r.toml", {})
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1200
+    (tmp_path / "r.toml").unlink()
+    os.mkfifo(tmp_path / "r.toml")
+    with pytest.raises(InputError, match="is no ordinary file"):
+        read_recipe(tmp_path / "r.toml", {})
 
 
 def test_a_seed_that_torch_cannot_take_is_refused():

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -147,6 +148,49 @@ def test_blocks_are_never_taken_for_those_of_a_recipe_that_is_gone(run):
     (run.path / "recipe.toml").unlink()
     with pytest.raises(InputError, match=r"blocks of a run whose recipe\.toml is gone"):
         RunDir(run.path, RECIPE, {"model": {"files": 1}})
+
+
+@pytest.mark.parametrize("manifest", [None, "{", "[" * 50_000])
+def test_a_block_whose_manifest_is_none_is_one_line(run, manifest):
+    """Its checksum holds: it was written so."""
+    from compress.files import sha256, write_json, write_tensors
+
+    data, mark = run._block("0000")
+    write_tensors(data, TENSORS, None if manifest is None else {"manifest": manifest})
+    write_json(mark, {"sha256": sha256(data), "figures": {}})
+    assert run.has("0000")
+    with pytest.raises(RunError, match=r"0000\.safetensors is damaged .*: remove it"):
+        run.restore("0000")
+
+
+def test_a_run_follows_no_link_and_waits_for_no_pipe(run, tmp_path):
+    run.close()
+    os.mkfifo(run.path / "tokens.safetensors")
+    with pytest.raises(RunError, match=r"tokens\.safetensors is no ordinary file"):
+        RunDir(run.path, RECIPE, {"model": {"files": 1}})
+    (run.path / "tokens.safetensors").unlink()
+    (run.path / "blocks" / "0000.json").symlink_to(tmp_path.parent)
+    with pytest.raises(RunError, match=r"0000\.json is a link out of its folder"):
+        RunDir(run.path, RECIPE, {"model": {"files": 1}})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"event": "layer"},
+        {"event": "layer", "layer": 5},
+        {"event": "block", "block": "0", "seconds": {}},
+        {"event": "block", "block": 0, "seconds": {"load": None}},
+        {"event": "a", "notes": "abc"},
+        {"event": "a", "time": "now"},
+        {"event": "a", "time": 1e300},
+        {"event": 5},
+        {},
+    ],
+)
+def test_a_line_that_is_none_of_ours_is_left_out(tmp_path, line):
+    (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n")
+    assert [each["event"] for each in Journal(tmp_path / "log.jsonl").read()] == ["damaged"]
 
 
 def test_a_damaged_line_of_the_journal_does_not_cost_the_rest(tmp_path):

@@ -212,6 +212,11 @@ def test_a_layer_is_described_by_its_name_then_a_pattern_then_its_class(tmp_path
             _settings() | {"config_groups": {"W4A16": ["Linear"]}},
             r"the config_groups of .* are no descriptions \(W4A16 = ",
         ),
+        (_settings(num_bits="4"), r"group_0\.weights\.num_bits = '4'"),
+        (_settings(group_size=0, strategy="group"), "weights in groups of 0"),
+        (_settings(group_size=[32]), r"group_0\.weights\.group_size"),
+        (_settings([5]), r"group_0\.targets\.0"),
+        (_settings() | {"config_groups": [1]}, "are no descriptions"),
         (_settings() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "has a sparsity_config"),
     ],
 )
@@ -234,6 +239,16 @@ def test_permuted_inputs_are_refused(tmp_path, make_layer, make_checkpoint):
         ({"a.weight_scale": torch.ones(5)}, r"a\.weight_scale is \[5\] for 32 rows"),
         ({"a.weight_zero_point": torch.zeros(2, 2, dtype=torch.int32)}, r"a\.weight_zero_point does not hold 32 rows"),
         ({"a.weight_shape": None}, r"lacks the tensor a\.weight_shape"),
+        ({"a.weight_shape": torch.tensor([2**40, 64])}, r"not 3 bits for \[1099511627776, 64\]"),
+        ({"a.weight_shape": torch.tensor([32, 2**62])}, r"not 3 bits for \[32, 4611686018427387904\]"),
+        ({"a.weight_shape": torch.tensor([32, -64])}, r"not 3 bits for \[32, -64\]"),
+        ({"a.weight_shape": torch.tensor([32, 0])}, r"not 3 bits for \[32, 0\]"),
+        ({"a.weight_shape": torch.tensor([32])}, "has 1 numbers, not 2"),
+        ({"a.weight_shape": torch.tensor([32.0, 64.0])}, r"is F32 \[2\], not I32 or I64 of 1 dimensions"),
+        ({"a.weight_packed": torch.zeros(0, 6, dtype=torch.int32)}, r"weight_scale is \[32, 2\] for 0 rows"),
+        ({"a.weight_packed": torch.zeros(32, 6)}, r"a\.weight_packed is F32 \[32, 6\], not I32"),
+        ({"a.weight_zero_point": torch.zeros(3, 3, dtype=torch.int32)}, "3 zero points for 2 scales a row"),
+        ({"a.weight_zero_point": torch.zeros(6, dtype=torch.int32)}, "not I32 of 2 dimensions"),
     ],
 )
 def test_damage_is_one_line_that_names_it(tmp_path, make_layer, make_checkpoint, changed, complaint):
@@ -243,6 +258,16 @@ def test_damage_is_one_line_that_names_it(tmp_path, make_layer, make_checkpoint,
     folder = make_checkpoint(tmp_path, tensors, quantization_config([layer], []))
     with pytest.raises(RunError, match=complaint):
         CompressedTensorsFiles(folder).read("a.weight")
+
+
+@pytest.mark.parametrize("pattern", ["((((", "(a+)+$", "(?:a|a)*$", "a{99999999999}"])
+def test_a_pattern_that_is_none_or_searches_for_ever_is_given_up(tmp_path, make_layer, make_checkpoint, pattern):
+    """Names of layers are the file's as well: backtracking through this one takes longer than anybody lives."""
+    tensors = layer_tensors(make_layer("a" * 50 + "!"), torch.float16)
+    folder = make_checkpoint(tmp_path, tensors, _settings([f"re:{pattern}"], group_size=32))
+    files = CompressedTensorsFiles(folder)
+    with pytest.raises((InputError, RunError), match=r"which is no pattern of layers|no target in config\.json"):
+        files.read("a" * 50 + "!.weight")
 
 
 def test_a_layer_no_target_is_meant_for_is_damage(tmp_path, make_layer, make_checkpoint):

@@ -149,6 +149,15 @@ def test_other_layouts_are_refused_by_name(tmp_path, make_layer, make_checkpoint
         ({"a.g_idx": torch.full((64,), 2, dtype=torch.int32)}, r"a\.g_idx does not name one of 2 groups"),
         ({"a.g_idx": torch.full((64,), -1, dtype=torch.int32)}, r"a\.g_idx does not name one of 2 groups"),
         ({"a.g_idx": torch.zeros(63, dtype=torch.int32)}, r"for each of 64 inputs"),
+        ({"a.g_idx": torch.zeros(64)}, r"a\.g_idx is F32 \[64\], not I32 or I64 of 1 dimensions"),
+        ({"a.g_idx": torch.zeros(8, 8, dtype=torch.int32)}, r"a\.g_idx is I32 \[8, 8\], not"),
+        ({"a.scales": torch.ones(2, 0).half()}, r"scales \[2, 0\], which do not fit"),
+        ({"a.scales": torch.ones(0, 32).half()}, r"scales \[0, 32\], which do not fit"),
+        ({"a.scales": torch.tensor(1.0).half()}, r"a\.scales is F16 \[\], not F16 or BF16 or F32 of 2 dimensions"),
+        ({"a.scales": torch.ones(2, 32, dtype=torch.int32)}, r"a\.scales is I32 \[2, 32\], not F16"),
+        ({"a.qweight": torch.zeros(8, 32)}, r"a\.qweight is F32 \[8, 32\], not I32 of 2 dimensions"),
+        ({"a.qweight": torch.zeros(0, 32, dtype=torch.int32)}, r"qweight \[0, 32\].* do not fit"),
+        ({"a.qzeros": torch.zeros(8, dtype=torch.int32)}, r"a\.qzeros is I32 \[8\], not I32 of 2 dimensions"),
     ],
 )
 def test_damage_is_one_line_that_names_it(tmp_path, make_layer, make_checkpoint, changed, complaint):
