@@ -24,6 +24,7 @@ COUNT = re.compile(r"(^|[_.])(layers?|labels|dense_replace|block_count)$")  # wh
 MOST = 10_000  # of these; the deepest language models have hundreds
 OWN_ATTENTION = (None, "eager", "sdpa")  # torch's; other names may be of code on the hub
 TENSORS = 16  # of a model for each of its files' at most, such as experts that files keep in one
+PROBE = "Once upon a time, 1 < 2: \u00e9 \u4e2d \U0001f600"  # what a tokenizer has to be able to read
 TABLES = 1 << 30  # bytes that a model may compute from its configuration alone
 
 
@@ -115,6 +116,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
+        tokenizer.decode(tokenizer(PROBE, verbose=False)["input_ids"])
     return tokenizer
 
 

@@ -134,7 +134,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         with ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1000):
                 yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path} is not a whole parquet file ({error}): download it again") from error
 
 

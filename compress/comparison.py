@@ -61,7 +61,7 @@ def _lines(data: dict[str, Any]) -> dict[str, Line]:
         pieces = row["window_nll"], row["window_tokens"]
         lines[f"perplexity, {where}"] = Line("perplexity", row["perplexity"], row["perplexity_se"], *pieces)
         if "word_perplexity" in row:
-            lines[f"a word's, {where}"] = Line("perplexity", row["word_perplexity"])
+            lines[f"word perplexity, {where}"] = Line("perplexity", row["word_perplexity"])
         if "kl" in row:
             lines[f"KL in nats, {where}"] = Line("kl", row["kl"], row["kl_se"])
             lines[f"same top token, {where}"] = Line("top1", row["top1"], row["top1_se"])

@@ -133,7 +133,11 @@ class Costs:
         drift, fields, inputs = bool(self._drift), len(self._needs & FIELDS), self._tried.inputs
         squares = [4 * width**2 if "hessian" in self._needs else 0 for width in inputs]
         states = [4 * most(layer.n_weights for layer in self.layers if layer.shape[1] == width) for width in inputs]
-        matrices, largest = sum(step.matrices for step in self._steps), 0
+        reused = any(step.stage == "quantize" and step.matrices for step in self._steps) and not self.recipe.joint
+        matrices = sum(step.matrices for step in self._steps) + (
+            drift and not reused
+        )  # the factor that makes up for it
+        largest = 0
         for place, (own, state) in enumerate(zip(squares, states, strict=True)):
             beginning = (1 + 2 * drift) * own + 2 * state  # while drift is made up for
             solving = (1 + matrices) * own + (4 + fields) * state + min(CHUNK, 12 * state)

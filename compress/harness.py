@@ -1,8 +1,9 @@
 """lm-eval around a model that our loader loaded. Imported only where lm-eval is there (extra `eval`)."""
 
 import json
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,14 @@ def harness_results(model: Any, tokenizer: Any, manager: TaskManager, settings: 
         max_length=settings["max_length"],
         device=str(model.device),
     )
-    found = simple_evaluate(
-        model=lm,
-        tasks=settings["tasks"],
-        limit=settings["limit"],
-        task_manager=manager,
-        bootstrap_iters=BOOTSTRAPS,
-        log_samples=True,
-    )
+    with redirect_stdout(sys.stderr):  # it prints there which errors it bootstraps; --json promises one object
+        found = simple_evaluate(
+            model=lm,
+            tasks=settings["tasks"],
+            limit=settings["limit"],
+            task_manager=manager,
+            bootstrap_iters=BOOTSTRAPS,
+            log_samples=True,
+        )
     results: dict[str, Any] = json.loads(json.dumps(found, default=handle_non_serializable))
     return results

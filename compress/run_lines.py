@@ -35,7 +35,11 @@ class _Timed(_Line):
     seconds: float
 
 
-class _Layer(_Timed):
+class _OfLayer(_Line):
+    layer: str = Field(max_length=300)
+
+
+class _Layer(_OfLayer, _Timed):
     step: str
     method: str
     error: float
@@ -44,12 +48,12 @@ class _Layer(_Timed):
     density: float
 
 
-class _Input(_Line):
+class _Input(_OfLayer):
     abits: int
     codes: str
 
 
-class _Saturation(_Line):
+class _Saturation(_OfLayer):
     share: float
 
 

@@ -100,8 +100,7 @@ def run_step(step: Step, tasks: Sequence[LayerTask]) -> list[LayerTask]:
         if several[0].keep is None and several[0].plan.compares_rows:  # a mask is still to be chosen
             done += [step.run(task) for task in several]
             continue
-        pieces = [step.run(stacked(chunk)) for chunk in _chunks(several)]
-        done += split(pieces, several)
+        done += split((step.run(stacked(chunk)) for chunk in _chunks(several)), several)
     return done
 
 

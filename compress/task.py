@@ -1,6 +1,6 @@
 """One linear layer on its way through the steps, what it is asked to become, and what enters it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -96,15 +96,18 @@ def stacked(tasks: Sequence[LayerTask]) -> LayerTask:
     return replace(tasks[0], weight=weight, original=original, keep=torch.cat(keeps) if keeps else None)
 
 
-def split(pieces: Sequence[LayerTask], tasks: Sequence[LayerTask]) -> list[LayerTask]:
-    """The inverse: what became of `tasks`, from packed `pieces` whose rows are theirs in order."""
-    packed = stacked_rows([piece.packed for piece in pieces if piece.packed is not None])
-    keeps = [piece.keep for piece in pieces if piece.keep is not None]
-    keep = torch.cat(keeps) if keeps else None
+def split(pieces: Iterable[LayerTask], tasks: Sequence[LayerTask]) -> list[LayerTask]:
+    """The inverse: what became of `tasks`, from packed `pieces` whose rows are theirs in order; they are taken one by one."""
+    parts, keeps, notes = list[PackedWeight](), list[Tensor](), dict[str, None]()
+    for piece in pieces:
+        assert piece.packed is not None  # a quantizer ran
+        parts.append(piece.packed)
+        keeps += [] if piece.keep is None else [piece.keep]
+        notes |= dict.fromkeys(piece.notes)
+    packed, keep = stacked_rows(parts), torch.cat(keeps) if keeps else None
     done, start = [], 0
     for task in tasks:
         which = slice(start, start + len(task.weight))
-        notes = dict.fromkeys(note for piece in pieces for note in piece.notes)
         own = replace(task, keep=None if keep is None else keep[which], notes=(*task.notes, *notes))
         done.append(own.quantized(packed.rows(which)))
         start = which.stop

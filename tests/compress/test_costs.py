@@ -83,5 +83,5 @@ def test_more_tokens_take_longer_to_see_and_no_longer_to_solve(costs, monkeypatc
     many = costs(nsamples=400, **GPTQ)
     monkeypatch.setitem(vars(many), "_tried", few._tried)
     monkeypatch.setitem(vars(many), "_speeds", few._speeds)
-    assert many._products() > 20 * few._products()
+    assert many._products() > 5 * few._products()
     assert many._gradients() > 10 * few._gradients()

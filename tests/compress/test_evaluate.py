@@ -103,7 +103,7 @@ def test_several_checkpoints_make_one_table(call, llama_folder, smaller, text_fi
     assert list(rows) == [
         "perplexity, words, compress",
         "perplexity, words, lm-eval",
-        "a word's, words, lm-eval",
+        "word perplexity, words, lm-eval",
         "size of the weights",
     ]
     first, second = rows["perplexity, words, compress"]

@@ -179,6 +179,7 @@ def test_a_run_follows_no_link_and_waits_for_no_pipe(run, tmp_path):
     [
         {"event": "layer"},
         {"event": "layer", "layer": 5},
+        {"event": "saturation", "share": 0.5},
         {"event": "block", "block": "0", "seconds": {}},
         {"event": "block", "block": 0, "seconds": {"load": None}},
         {"event": "a", "notes": "abc"},

@@ -10,7 +10,7 @@ from targets import TARGETS, Bench
 
 from compress.errors import InputError
 
-SLOW = {"model": 10, "config": 10, "serve": 10, "gguf-import": 10, "inspect": 10, "report": 5}  # examples
+SLOW = {"model": 40, "config": 40, "serve": 40, "gguf-import": 40, "inspect": 60, "report": 8}  # examples
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,9 @@ def test_what_nobody_damaged_is_read(bench, name):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_damaged_one_works_or_ends_in_one_line(bench, name):
-    @settings(max_examples=SLOW.get(name, 30), derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=SLOW.get(name, 150), derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
     @given(st.binary(min_size=12, max_size=32))
     def holds(data):
         assert bench.attempt(name, data) in ("works", "InputError", "RunError")
