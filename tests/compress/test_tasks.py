@@ -39,6 +39,15 @@ doc_to_target: page
 metric_list:
   - {{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}}
 """
+LAST_WORDS = """task: tiny_last_words
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/choices.jsonl}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{' ' + choices[0]}}}}"
+metric_list: [{{metric: perplexity, aggregation: perplexity, higher_is_better: false}}]
+"""
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is missing (extra `eval`)")
 in_peace = pytest.mark.filterwarnings("ignore")  # of lm-eval and of what it imports
 
@@ -56,6 +65,7 @@ def tasks(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "choices.yaml").write_text(CHOICES.format(folder=folder))
     (folder / "documents.yaml").write_text(DOCUMENTS.format(folder=folder))
+    (folder / "last_words.yaml").write_text(LAST_WORDS.format(folder=folder))
     return folder
 
 
@@ -101,6 +111,17 @@ def test_our_protocol_named_lm_eval_is_its_rolling_likelihood(llama_folder, task
     measured = score(Model(llama_folder, open_weights(llama_folder)), cut.windows)
     ours = measured.nll * measured.tokens / cut.nbytes / 0.6931471805599453
     assert ours == pytest.approx(theirs, rel=2e-3)  # lm-eval rounds log-likelihoods to the model's bfloat16
+
+
+@needs_lm_eval
+@in_peace
+@pytest.mark.slow
+def test_nothing_is_said_on_stdout(llama_folder, tasks, capsys):
+    """lm-eval prints the metrics whose error it bootstraps, in the middle of --json."""
+    results = run_tasks(llama_folder, TaskRequest(("tiny_last_words",), 4, tasks), "cpu", QUIET)
+    assert results.figures["tiny_last_words"]["metrics"]["perplexity"]["se"] > 0
+    said = capsys.readouterr()
+    assert said.out == "" and "bootstrapping" in said.err
 
 
 @needs_lm_eval
