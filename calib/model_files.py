@@ -4,6 +4,7 @@ A link may lead to another file of its folder, or to the blobs of the hub's cach
 that leaves is refused: what lies there would be read, and the tokenizer's files copied into checkpoints.
 """
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -52,12 +53,12 @@ def check_folder(folder: Path) -> None:
 
 
 def read_text(file: Path, error: type[CompressError] = InputError) -> str:
-    """A file of text that the user names. Raises FileNotFoundError, or `error` if it is no file or far too long.
+    """A file of text that the user names. Raises `error` if it is far too long.
 
-    OSError and UnicodeDecodeError are the caller's to explain.
+    OSError, as of what is no ordinary file, and UnicodeDecodeError are the caller's to explain.
     """
     if file.exists() and not file.is_file():
-        raise error(f"{file} is no ordinary file: {MEND}")
+        raise OSError(errno.EINVAL, "it is no ordinary file", str(file))  # a pipe would be waited for
     _check_length(file, error)
     return file.read_text(encoding="utf-8")
 

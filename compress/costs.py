@@ -4,6 +4,7 @@ Seconds come from what a part of the same work takes on this machine: a block is
 are multiplied, and the steps go over small layers (rehearsal.py).
 """
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from compress.checkpoint.writer import SHARD_BYTES
 from compress.distill import POSITIONS, WORDS
 from compress.plan import PlannedLayer
 from compress.recipe import Recipe
-from compress.rehearsal import Rehearsal, factor_flops
+from compress.rehearsal import FACTOR, Rehearsal
 from compress.steps import Step, find_drift, find_steps
 from compress.whole_recovery import trained_options
 
@@ -53,11 +54,11 @@ class Costs:
         solving = self._solving()
         found["solve"] = sum(solving.values())
         found |= {f"  solve: {name}": value for name, value in solving.items() if name}
-        written = self._packed_bytes + sum(layer.n_weights for layer in self.layers if layer.plan.sparsity) / 8
-        found["save"] = 2 * written / DISK
+        masked = sum(layer.n_weights for layer in self.layers if layer.plan.sparsity)
+        found["save"] = 2 * (self._packed_bytes + masked / 8) / DISK + 8 * ELEMENT * masked
         if self._needs:
             found["forward"] = (n_blocks - 1) * through
-        found["checkpoint"] = (2 * self._packed_bytes + self._outside) / DISK
+        found["checkpoint"] = (2 * self._packed_bytes + self._outside) / DISK + 25 * ELEMENT * masked
         return found
 
     def peak_bytes(self) -> int:
@@ -109,10 +110,13 @@ class Costs:
             made_up = 6 * in_features if drift and layer.plan.changes else 0
             products = layer.n_weights * (measured * (1 + len(each)) + made_up)
             fields = 4 * len(self._needs & FIELDS) / DISK
-            found[""] += products / flops + layer.n_weights * (ELEMENT * (10 + 5 * len(each)) + fields)
-        for step in self._steps:
-            factors = sum(factor_flops(step, width) / flops + 20 * ELEMENT * width**2 for width in self._tried.inputs)
-            found[step.name] = found.get(step.name, 0.0) + self.model.n_blocks * factors
+            found[""] += products / flops + layer.n_weights * (ELEMENT * (24 + 10 * len(each)) + fields)
+        solvers = ["" if step is self._reuses else step.name for step in self._steps if step.matrices]
+        if drift and self._reuses is None:
+            solvers.append("")  # the factor that makes up for it is its own
+        for name in solvers:
+            factors = sum(FACTOR * width**3 / flops + 20 * ELEMENT * width**2 for width in self._tried.inputs)
+            found[name] = found.get(name, 0.0) + self.model.n_blocks * factors
         return found
 
     def _gradients(self) -> float:
@@ -122,7 +126,7 @@ class Costs:
         weights = sum(layer.n_weights for layer in self.layers) / n
         fields = len(self._needs & FIELDS)
         summed = self.recipe.calib.nsamples * weights * (1 + 2 * fields) * ELEMENT + 4 * fields * weights / DISK
-        head = 6 * self.model.lm.get_output_embeddings().weight.numel() * tokens / (0.35 * self._speeds.fast)
+        head = 6 * self.model.lm.get_output_embeddings().weight.numel() * tokens / (0.7 * self._speeds.fast)
         a_block = 2 * tried.load + 4 * tokens * tried.forward + summed
         return sum((n - start) * a_block + head for start in starts)
 
@@ -132,11 +136,8 @@ class Costs:
         """Of the input that takes most, when its turn comes: later ones have their statistics still."""
         drift, fields, inputs = bool(self._drift), len(self._needs & FIELDS), self._tried.inputs
         squares = [4 * width**2 if "hessian" in self._needs else 0 for width in inputs]
-        states = [4 * most(layer.n_weights for layer in self.layers if layer.shape[1] == width) for width in inputs]
-        reused = any(step.stage == "quantize" and step.matrices for step in self._steps) and not self.recipe.joint
-        matrices = sum(step.matrices for step in self._steps) + (
-            drift and not reused
-        )  # the factor that makes up for it
+        states = [4 * weights for weights in self._tried.readers]
+        matrices = sum(step.matrices for step in self._steps) + (drift and self._reuses is None)
         largest = 0
         for place, (own, state) in enumerate(zip(squares, states, strict=True)):
             beginning = (1 + 2 * drift) * own + 2 * state  # while drift is made up for
@@ -206,6 +207,13 @@ class Costs:
         return [step for step in find_steps(self.recipe) if step.stage != "activations"]
 
     @property
+    def _reuses(self) -> Step | None:
+        """The step that takes the Hessian's factor from where drift was made up for."""
+        if not self._drift or self.recipe.joint:
+            return None
+        return next((step for step in self._steps if step.stage == "quantize" and step.matrices), None)
+
+    @property
     def _needs(self) -> frozenset[str]:
         return frozenset[str]().union(*(step.needs for step in find_steps(self.recipe)))
 
@@ -223,6 +231,7 @@ class _Tried:
     """What the last block showed."""
 
     inputs: list[int]  # features of each distinct one, in the order that data reaches them
+    readers: list[int]  # weights of the largest layer that reads each
     n_stages: int
     load: float  # seconds to read it
     forward: float  # seconds for a token to pass it
@@ -238,9 +247,11 @@ class _Tried:
             watched = time.monotonic()
             block(hidden)
             forward = time.monotonic() - watched
-            widths = {layer.name: layer.shape[1] for layer in block.layers}
-            inputs = [widths[name] for name in dict.fromkeys(shared.values())]
-            return cls(inputs, len(stages(block, shared)), loaded - started, forward / len(tokens))
+            shapes = {layer.name: layer.shape for layer in block.layers}
+            first = list(dict.fromkeys(shared.values()))
+            readers = [max(math.prod(shapes[name]) for name in shared if shared[name] == each) for each in first]
+            inputs = [shapes[name][1] for name in first]
+            return cls(inputs, readers, len(stages(block, shared)), loaded - started, forward / len(tokens))
 
 
 @dataclass(frozen=True)

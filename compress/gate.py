@@ -95,7 +95,8 @@ def read_baseline(file: Path) -> Baseline:
     except FileNotFoundError as error:
         raise InputError(f"there is no baseline {file}: make one with --record") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the baseline {file}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"cannot read the baseline {file}: {reason}") from error
     except ValidationError as error:
         raise InputError(f"{file} is no baseline of a gate: {validation_line(error)}") from error
 

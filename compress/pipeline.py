@@ -136,6 +136,7 @@ def _write(out: Path, work: Work, recipe: Recipe, result: dict[str, Any]) -> Non
     saver = Saver(out, work.format_name, work.model, recipe)
     for contents in _finished(work, recipe):
         saver.add(contents)
+        return_freed()
     result["compressed_bytes"] = saver.finish_weights()
     result["bits_per_weight"] = result["compressed_bytes"] * 8 / result["parameters"]
     work.run.journal.write(event="checkpoint", seconds=round(time.monotonic() - started, 3))

@@ -19,7 +19,11 @@ from compress.steps import Step
 from compress.task import LayerPlan, LayerTask
 
 INPUTS = 512  # of a small layer, about
+FACTOR = 1.3  # times in³: operations of an inverse factor of a Hessian, as many as large products would do meanwhile
+THIN = 0.5  # of the speed of large products, what thin ones reach: those with a panel of a matrix, or a few columns
 TOKENS = 64  # that it has seen
+
+MEMORY = 1e-8  # seconds that a weight of a large layer takes longer, as it comes through memory
 
 Seconds = dict[str, float]  # by method
 
@@ -45,7 +49,7 @@ class Rehearsal:
             self._known[kind] = self._go_over(plan, shape)
         counted = {step.name: flops_of(step, out_features, in_features) for step in self.steps if step.applies(plan)}
         return {
-            name: self._known[kind][name] * out_features * in_features + flops / self.flops
+            name: (self._known[kind][name] + MEMORY) * layer.n_weights + flops / (THIN * self.flops)
             for name, flops in counted.items()
         }
 
@@ -56,7 +60,7 @@ class Rehearsal:
             if step.applies(plan):
                 started = time.monotonic()
                 (task,) = run_step(step, [task])
-                counted = (flops_of(step, *shape) + factor_flops(step, shape[1])) / self.flops
+                counted = (flops_of(step, *shape) + factor_flops(step, shape[1])) / (THIN * self.flops)
                 found[step.name] = max(0.0, time.monotonic() - started - counted) / math.prod(shape)
                 task = replace(task, notes=())
         return found
@@ -70,7 +74,7 @@ def flops_of(step: Step, out_features: int, in_features: int) -> float:
 
 def factor_flops(step: Step, in_features: int) -> float:
     """Operations of an inverse factor of the Hessian (calib/stats.py), if the step reads Hessians."""
-    return 1.3 * in_features**3 if "hessian" in step.needs else 0.0
+    return FACTOR * in_features**3 if "hessian" in step.needs else 0.0
 
 
 def _small(layer: PlannedLayer) -> tuple[int, int]:

@@ -168,6 +168,7 @@ def _bits(work: Work, task: LayerTask, layer: Layer) -> float:
     """Bits a weight takes in the checkpoint, scales, zero points and its correction counted."""
     if task.packed is None:
         return layer.stored.element_size() * 8.0
-    packed = as_held(work.format_name, stored_layer(layer, task.packed)).packed.nbytes
+    sized = task.packed.without_values(task.packed.shape[0], task.packed.description())
+    packed = as_held(work.format_name, stored_layer(layer, sized)).packed.nbytes
     added = 0 if task.correction is None else task.correction.nbytes
     return (packed + added) * 8 / task.weight.numel()

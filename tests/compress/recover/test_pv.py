@@ -50,6 +50,7 @@ def tuning(task, steps, dtype=torch.float32, watch=lambda student, learner: None
         lr = options.lr * (0.5 + 0.5 * math.cos(math.pi * step / max(steps, 1)))
         adam.param_groups[0]["lr"] = lr
         if step < steps:
+            learner.complete_gradients()
             adam.step()
             learner.update(step / steps, lr)
             watch(student, learner)
@@ -87,6 +88,7 @@ def test_parameters_have_the_gradient_of_all_micro_batches(name):
         learner = recover_model(student, Options())
         for part in parts:
             student.lm["layer"](part).square().sum().backward()
+        learner.complete_gradients()
         gradients.append([p.grad for p in learner.groups()[0].parameters])
     for whole, in_parts in zip(*gradients, strict=True):
         torch.testing.assert_close(in_parts, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
