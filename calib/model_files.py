@@ -15,6 +15,7 @@ from compress.errors import CompressError, InputError, RunError
 MEND = "restore or download it again"
 MOST_BYTES = 1 << 28  # of a file of text; a tokenizer of 262,144 words has 2**25
 TEXT = (".json", ".jinja", ".model", ".txt")  # configuration and tokenizer
+CODE = "auto_map"  # in configurations: classes of the folder's own, or of another repository's, which are never run
 SNAPSHOTS, BLOBS = "snapshots", "blobs"  # of one repository in the hub's cache
 
 

@@ -15,6 +15,7 @@ from compress.errors import InputError, RunError
 from compress.kernels.inputs import InputQuantizer
 
 INDEX = "model.safetensors.index.json"
+LARGEST = 2**48  # product of a tensor's sides that are not 0; one without elements could say anything
 SUB_BYTE = ("F4", "F6")  # which torch has no tensors of
 BITS = re.compile(r"[A-Z]+(\d+)")  # an element's, from the dtype's name: F8_E4M3 has 8
 
@@ -111,9 +112,12 @@ def _header(file: Path) -> dict[str, Entry]:
     try:
         with safe_open(file, framework="pt", backend="pread") as shard:
             slices = {name: shard.get_slice(name) for name in shard.keys()}
-            return {n: Entry(file, s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+            entries = {n: Entry(file, s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} is not a whole safetensors file ({error}): download it again") from error
+    if odd := [name for name, entry in entries.items() if math.prod(n or 1 for n in entry.shape) > LARGEST]:
+        raise InputError(f"{file} says that {odd[0]} is {list(entries[odd[0]].shape)}, which holds nothing: {MEND}")
+    return entries
 
 
 def read_all(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

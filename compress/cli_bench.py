@@ -254,7 +254,7 @@ def ranks(
 @bench.command("make-model")
 def make_model(
     shape: Annotated[
-        str, typer.Argument(help="llama-7b, llama-13b, tinyllama-1.1b, or a config.json of transformers.")
+        str, typer.Argument(help="llama-7b, llama-13b, tinyllama-1.1b, olmoe-1b-7b, or a config.json of transformers.")
     ],
     out: Annotated[Path, typer.Argument(help="Folder of the model.")],
     layers: Annotated[

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from compress.calib.model_files import first_line
-from compress.errors import InputError
+from compress.errors import NO_MEMORY, InputError
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,14 @@ def generate(
 ) -> Generated:
     """Generate after `prompt`; `on_text` gets each piece as it comes.
 
-    Raises InputError for an empty prompt, one that does not fit the model, or --chat without a chat template.
+    Raises InputError for an empty prompt, one that does not fit the model, --chat without a chat template, and where
+    tokenizer or generation_config.json do not go with the model.
     """
     ids = _prompt_ids(tokenizer, prompt, options.chat)
+    if (top := int(ids.max())) >= (rows := model.get_input_embeddings().num_embeddings):
+        raise InputError(
+            f"{model.name_or_path}: its tokenizer gave token {top} of {rows} embeddings: restore its files"
+        )
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and ids.shape[1] + options.max_new_tokens > limit:
         raise InputError(
@@ -92,13 +97,20 @@ def generate(
     stream = _Stream(tokenizer, on_text)
     started = time.perf_counter()
     ids = ids.to(model.device)
-    model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=options.max_new_tokens,
-        streamer=stream,
-        **sampling,
-    )
+    try:
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=options.max_new_tokens,
+            streamer=stream,
+            **sampling,
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ImportError, RuntimeError) as error:
+        if NO_MEMORY.search(str(error)):
+            raise
+        model(input_ids=ids)  # which raises as well, unless it is the settings
+        reason = f"transformers does not generate as its generation_config.json says ({first_line(error)})"
+        raise InputError(f"{model.name_or_path}: {reason}: restore that file, or take it away") from error
     decoding = stream.times[-1] - stream.times[0]
     return Generated(stream.said, ids.shape[1], len(stream.tokens), stream.times[0] - started, decoding)
 

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers import __version__ as transformers_version
 
-from compress.calib.model_files import check_text_files, read_object
+from compress.calib.model_files import CODE, check_text_files, read_object
 from compress.calib.skeleton import load_config
 from compress.calib.weight_files import WeightFiles
 from compress.errors import InputError
@@ -56,7 +56,7 @@ def check_config(path: Path, where: str) -> None:
     if not isinstance(model_type, str):
         raise InputError(f"config.json of {where} names no model_type: restore or download it again")
     if model_type not in CONFIG_MAPPING:
-        if "auto_map" in settings:
+        if CODE in settings:
             raise InputError(
                 f"{where} ({model_type}) needs Python code from its own repository, which is never run: "
                 "use a model that transformers has code for"

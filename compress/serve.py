@@ -64,23 +64,25 @@ class _Limited(GenerateManager):
 
     def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **rest: Any) -> Any:
         """As transformers does. Raises HTTPException (400) for a prompt that is too long."""
-        self._fit(inputs, gen_config)
+        self._fit(model, inputs, gen_config)
         return super().generate_streaming(model, processor, inputs, gen_config, **rest)
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, **rest: Any
     ) -> Any:
         """As transformers does. Raises HTTPException (400) for a prompt that is too long."""
-        self._fit(inputs, gen_config)
+        self._fit(model, inputs, gen_config)
         return await super().generate_non_streaming(model, processor, inputs, gen_config, **rest)
 
-    def _fit(self, inputs: Any, gen_config: Any) -> None:
+    def _fit(self, model: Any, inputs: Any, gen_config: Any) -> None:
         """Refuse a prompt that leaves no room; lower how many tokens may follow to those that have room."""
         length = inputs["input_ids"].shape[-1]
         if not 0 < length < self.max_model_len:
             raise _bad_request(
                 f"the prompt has {length} tokens; 1 to {self.max_model_len - 1} leave room for an answer"
             )
+        if int(inputs["input_ids"].max()) >= model.get_input_embeddings().num_embeddings:
+            raise _bad_request("the tokenizer gave a token that the model has no embedding of")
         if gen_config.max_new_tokens is None or gen_config.max_new_tokens > self.max_model_len - length:
             gen_config.max_new_tokens = self.max_model_len - length
         if gen_config.max_new_tokens < 1:

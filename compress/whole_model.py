@@ -9,7 +9,6 @@ run/pruned/                     the smaller model, an ordinary checkpoint; prune
 import math
 import shutil
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ from torch import Tensor
 from compress.calib.data import training_windows
 from compress.calib.model import Model
 from compress.calib.texts import check_source
-from compress.checkpoint.save import files_along, plain_config
+from compress.checkpoint.save import copy_along, plain_config
 from compress.checkpoint.writer import ShardWriter, remove_checkpoint
 from compress.errors import InputError
-from compress.files import replace_file, write_json, write_tensors
+from compress.files import write_json, write_tensors
 from compress.progress import Reporter, Stage
 from compress.recipe import Recipe
 from compress.report import Report, size, table
@@ -167,8 +166,7 @@ def _write(model: Model, structures: Structures, keep: Masks, run: RunDir, figur
         for name, tensor in model.as_stored(stored).items():
             writer.add(name, tensor)
     writer.finish()
-    for file in files_along(model.folder):
-        replace_file(folder / file.name, partial(shutil.copyfile, file))
+    copy_along(model.folder, folder)
     write_json(folder / "pruned.json", figures)
     write_json(folder / "config.json", with_sizes(plain_config(model), figures["sizes"]))
 

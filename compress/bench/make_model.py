@@ -41,6 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # for `AutoConfig.for_model`; all else is
         "num_hidden_layers": 22,
         "num_key_value_heads": 4,
     },
+    "olmoe-1b-7b": {"model_type": "olmoe", "intermediate_size": 1024},
 }
 WORDS = 8192  # of the tokenizer, where the model has room for them
 SPECIAL = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2

@@ -10,6 +10,7 @@ from typing import Any
 
 from compress import __version__
 from compress.calib.model import Model
+from compress.calib.model_files import CODE, read_object
 from compress.checkpoint.adapter import FOR_DENSE, KEY, peft_bytes, write_adapter
 from compress.checkpoint.card import model_card
 from compress.checkpoint.dense_view import quantization_settings, read_config
@@ -64,8 +65,7 @@ class Saver:
     def finish(self, result: dict[str, Any]) -> None:
         """Write everything else: tokenizer, recipe, config.json, and the model card."""
         config = self._config()
-        for file in files_along(self.model.folder):
-            replace_file(self.out / file.name, partial(shutil.copyfile, file))
+        copy_along(self.model.folder, self.out)
         write_text(self.out / "recipe.toml", self.recipe.toml())
         if self.format is not None:
             for name, content in self.format.side_files(config).items():
@@ -89,14 +89,24 @@ def plain_config(model: Model) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read {file} ({error}): restore or download it, and the same command goes on") from error
-    for stale in ("quantization_config", KEY, "torch_dtype"):
+    for stale in ("quantization_config", KEY, "torch_dtype", CODE):
         config.pop(stale, None)
     return config | {"dtype": str(model.dtype).removeprefix("torch.")}
 
 
 def files_along(folder: Path) -> list[Path]:
-    """What of a model's folder goes into its checkpoint unchanged."""
+    """What of a model's folder goes into its checkpoint."""
     return [file for pattern in ALONG for file in folder.glob(pattern) if file.name not in NOT_ALONG]
+
+
+def copy_along(folder: Path, out: Path) -> None:
+    """Copy what goes into a checkpoint. Python of the folder's own stays behind, and so does what asks others to run it."""
+    for file in files_along(folder):
+        settings = read_object(file) if file.name.endswith("config.json") else {}
+        if CODE in settings:
+            write_json(out / file.name, {key: value for key, value in settings.items() if key != CODE})
+        else:
+            replace_file(out / file.name, partial(shutil.copyfile, file))
 
 
 def lacking(out: Path, folder: Path, result: dict[str, Any]) -> str | None:

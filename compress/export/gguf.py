@@ -5,7 +5,6 @@ was packed, its blocks are encoded here, exactly (gguf_blocks.py), in place of a
 What stays dense is stored in the model's dtype. A correction beside the weights becomes an adapter, OUT-lora.gguf.
 """
 
-import json
 import logging
 import tempfile
 from collections import Counter
@@ -13,14 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from shutil import copyfile
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compress.calib.model_files import read_object
 from compress.checkpoint.dense_view import FLOATS as STORED
-from compress.checkpoint.save import files_along
+from compress.checkpoint.save import copy_along
 from compress.errors import InputError, RunError
 from compress.export.gguf_blocks import BLOCK, RANGES, block_type, encode, row_bytes
 from compress.export.source import ExportLayer, Source
@@ -119,12 +118,11 @@ def _staged(source: Source) -> Iterator[Path]:
     """A folder with the model's settings and tokenizer, as of an ordinary checkpoint, but no weights."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for file in files_along(source.folder):
-            copyfile(file, folder / file.name)
+        copy_along(source.folder, folder)
         write_json(folder / "config.json", source.dense_config)
         tokenizer = folder / "tokenizer.json"
         if tokenizer.is_file() and not (folder / "tokenizer.model").is_file():
-            if is_sentencepiece(json.loads(tokenizer.read_text(encoding="utf-8"))):
+            if is_sentencepiece(read_object(tokenizer)):
                 write_tokenizer_model(tokenizer, folder / "tokenizer.model")
         yield folder
 

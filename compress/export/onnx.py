@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.checkpoint.save import files_along
+from compress.checkpoint.save import copy_along
 from compress.checkpoint.writer import ShardWriter
 from compress.errors import InputError
 from compress.export.reference import probe, reference_logits, reference_model
@@ -118,8 +118,7 @@ def _stage(source: Source, folder: Path) -> None:
         if name not in packed:
             writer.add(name, source.read(name).float())
     writer.finish()
-    for file in files_along(source.folder):
-        copyfile(file, folder / file.name)
+    copy_along(source.folder, folder)
     write_json(folder / "config.json", source.dense_config | _quantization_config(held))
 
 

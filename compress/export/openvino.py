@@ -10,13 +10,12 @@ import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
-from shutil import copyfile
 from typing import Any
 
 import numpy as np
 import torch
 
-from compress.checkpoint.save import files_along
+from compress.checkpoint.save import copy_along
 from compress.errors import InputError
 from compress.export.reference import Logits, probe, reference_logits, reference_model
 from compress.export.source import ExportLayer, Source, zero_points
@@ -63,8 +62,7 @@ def write(source: Source, out: Path, lossy: bool) -> Exported:
         folder = Path(name) / "openvino"
         folder.mkdir()
         openvino.save_model(model, folder / NAME, compress_to_fp16=False)
-        for file in files_along(source.folder):
-            copyfile(file, folder / file.name)
+        copy_along(source.folder, folder)
         write_json(folder / "config.json", source.dense_config)
         if out.is_dir():
             out.rmdir()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.calib.model_files import CODE
 from compress.calib.weight_files import WeightFiles
 from compress.checkpoint.adapter import AdapterFiles
 from compress.checkpoint.dense_view import PackedFiles, model_dtype, read_config
@@ -18,7 +19,7 @@ from compress.kernels.inputs import InputQuantizer
 from compress.kernels.sparse24_weight import Sparse24IntWeight
 from compress.kernels.weights import HALF, IntWeight, PackedWeight
 
-CONFIG_ONLY_OURS = ("quantization_config", "compress_adapter")
+NOT_DENSE = ("quantization_config", "compress_adapter", CODE)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Source:
     @property
     def dense_config(self) -> dict[str, Any]:
         """config.json as it is of an ordinary checkpoint."""
-        return {key: value for key, value in self.config.items() if key not in CONFIG_ONLY_OURS}
+        return {key: value for key, value in self.config.items() if key not in NOT_DENSE}
 
     @property
     def packed(self) -> Mapping[str, tuple[str, ...]]:

@@ -6,13 +6,13 @@ with byte_fallback) says all that matters: SentencePiece merges the pair whose p
 merges are in that order, so the score of a piece is minus the rank of the first merge that makes it.
 """
 
-import json
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from compress.calib.builtin_text import evaluation_text
+from compress.calib.model_files import read_object
 from compress.errors import InputError, RunError
 
 PROBE = 20_000  # characters of which both tokenizers have to make the same tokens
@@ -36,7 +36,7 @@ def write_tokenizer_model(tokenizer_json: Path, out: Path) -> None:
     import sentencepiece
     from tokenizers import Tokenizer
 
-    described = json.loads(tokenizer_json.read_text(encoding="utf-8"))
+    described = read_object(tokenizer_json)
     serialized = tokenizer_model(described)
     out.write_bytes(serialized)
     ours = sentencepiece.SentencePieceProcessor(model_proto=serialized)

@@ -106,6 +106,14 @@ def test_a_config_that_lies_about_shapes_is_named(llama_folder, tmp_path):
         list(open_model(folder).blocks())
 
 
+def test_a_tensor_that_is_empty_and_immense_is_named(tmp_path):
+    """Its bytes are none, as its header says; torch cannot even count its elements."""
+    header = json.dumps({"x": {"dtype": "F16", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(InputError, match=r"says that x is \[0, .*, which holds nothing"):
+        WeightFiles(tmp_path)
+
+
 def test_a_damaged_shard_is_named(llama_folder, tmp_path):
     folder = copy_of(llama_folder, tmp_path / "m")
     data = (folder / "model.safetensors").read_bytes()

@@ -64,6 +64,26 @@ def test_a_template_that_fails_or_wants_out_is_one_line_and_only_where_it_is_ask
         generate(model, tokenizer, "w5", GenerateOptions(1, chat=True))
 
 
+def test_a_tokenizer_of_another_model_is_one_line(loaded):
+    _, model, tokenizer = loaded
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["strange"])
+    with pytest.raises(InputError, match="its tokenizer gave token 200 of 200 embeddings"):
+        generate(model, tokenizer, "w5 strange", GenerateOptions(1))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_beams": 4}, {"num_beams": "x"}, {"stop_strings": 5}, {"bad_words_ids": [5]}, {"pad_token_id": 2**63}],
+)
+def test_a_generation_config_that_cannot_be_followed_is_one_line(loaded, settings):
+    folder, _, tokenizer = loaded
+    model = load_model(folder)
+    vars(model.generation_config).update(settings)
+    with pytest.raises(InputError, match=r"as its generation_config\.json says .*: restore that file, or take it away"):
+        generate(model, tokenizer, "w5", GenerateOptions(2))
+
+
 class Halves:
     """A tokenizer whose characters take two tokens each."""
 

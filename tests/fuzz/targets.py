@@ -168,10 +168,11 @@ def _read_model(folder: Path) -> None:
 
 def _read_to_serve(folder: Path) -> None:
     from compress.calib.skeleton import load_tokenizer
+    from compress.generate import GenerateOptions, generate
     from compress.hf import load_model
 
     tokenizer, model = load_tokenizer(folder), load_model(folder)
-    model(input_ids=tokenizer("w3 w4 w5", return_tensors="pt")["input_ids"][:, :8])
+    generate(model, tokenizer, "w3 w4 w5", GenerateOptions(2))
 
 
 def _read_tokenizer(folder: Path) -> None:
