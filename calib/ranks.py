@@ -8,16 +8,19 @@ who adds it up in the order of the sequences. So no sum can depend on how many r
 import contextlib
 import json
 import os
+import re
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from compress.errors import InputError, RunError
@@ -26,6 +29,8 @@ PATIENCE = timedelta(days=30)  # others may train for days meanwhile; a rank tha
 FAILED = "compress/failed"  # in torchrun's store: how many ranks have ended with an error
 EXIT_CODE = "compress/exit_code"  # of the first of them
 
+GONE = "another rank is gone: finished blocks are kept, and the same command goes on, with any number of ranks"
+CUT_OFF = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe", re.IGNORECASE)  # in what torch says then
 INTERRUPTED = 130  # what a shell reports of a process ended by Ctrl-C
 
 T = TypeVar("T")
@@ -58,6 +63,10 @@ class Ranks:
     def alone(self) -> bool:
         """Whether there is no other."""
         return self.count == 1
+
+    @cached_property
+    def _mesh(self) -> DeviceMesh:
+        return init_device_mesh(self.device, (self.count,))
 
     def own_folder(self, folder: Path) -> Path:
         """Where this rank keeps what is its own."""
@@ -132,6 +141,28 @@ class Ranks:
                     dist.broadcast(each, source)
         return shown
 
+    def deal_out(self, module: nn.Module, parameters: Collection[nn.Parameter]) -> None:
+        """Leave each rank a share of frozen `parameters` of a module, which is whole only while it runs.
+
+        This is torch's `fully_shard` (FSDP; ZeRO's third stage, arXiv:1910.02054). The ranks gather the module before its
+        forward and its backward, and let go of what is not theirs afterwards: from now on all of them run it, or none does.
+        """
+        if not self.alone and parameters:
+            from torch.distributed.fsdp import fully_shard
+
+            others = set(module.parameters()).difference(parameters)
+            fully_shard(module, mesh=self._mesh, reshard_after_forward=True, ignored_params=others)
+
+    @contextlib.contextmanager
+    def noticing(self) -> Iterator[None]:
+        """Raise LostRank where what is inside ends because another rank has gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.alone or not CUT_OFF.search(str(error)):
+                raise
+            raise LostRank(GONE) from error
+
     def owners(self, costs: Mapping[str, float]) -> "Owners":
         """Who has each of several things, the dearest first to whoever has least to do; the same on every rank."""
         load, found = [0.0] * self.count, {}
@@ -177,15 +208,26 @@ def joined(device: str) -> Iterator[Ranks]:
             raise LostRank(exit_code=INTERRUPTED) from None
         raise
     except Exception as error:
-        if store.add(FAILED, 1) > 1:  # one line is enough
-            raise LostRank(exit_code=int(store.get(EXIT_CODE))) from error
-        store.set(EXIT_CODE, str(getattr(error, "exit_code", RunError.exit_code)))
+        exit_code = int(getattr(error, "exit_code", RunError.exit_code))
+        if (earlier := _failed_before(store, exit_code)) is not None:  # one line is enough
+            raise LostRank(exit_code=earlier) from error
         if number and isinstance(error, RunError) and not isinstance(error, LostRank):
             raise RunError(f"rank {number}: {error}") from error
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
         dist.destroy_process_group()
+
+
+def _failed_before(store: Any, exit_code: int) -> int | None:
+    """The exit code that another rank has ended with; None: this is the first, and the others are told its own."""
+    try:
+        if store.add(FAILED, 1) > 1:
+            return int(store.get(EXIT_CODE))
+        store.set(EXIT_CODE, str(exit_code))
+    except RuntimeError:  # the rank that kept the store has ended
+        return exit_code
+    return None
 
 
 def _ended(*_: Any) -> None:
@@ -198,9 +240,7 @@ def _noticing() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostRank(
-            "another rank is gone: finished blocks are kept, and the same command goes on, with any number of ranks"
-        ) from error
+        raise LostRank(GONE) from error
 
 
 def _described(tensors: Tensors) -> dict[str, list[Any]]:

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compress.kernels.correction import Correction
+from compress.kernels.linear import PackedLinear
 from compress.kernels.sparse24_weight import Sparse24IntWeight
 from compress.kernels.weights import PackedWeight
 from compress.options import MethodOptions
@@ -37,8 +38,7 @@ class StudentLayer:
     """One linear layer of the compressed model, as it stands in it."""
 
     name: str  # model.layers.0.self_attn.q_proj
-    module: nn.Linear  # a PackedLinear where the layer is quantized
-    packed: PackedWeight | None  # None: not quantized, `module.weight` is the weight
+    module: nn.Linear  # a PackedLinear where the layer is quantized; else `module.weight` is the weight
     keep: Tensor | None  # [out, in] bool, False where pruned; None: nothing is
     correction: Correction | None  # what an earlier method adds to the weight
     dtype: torch.dtype  # of the model while it trains
@@ -46,11 +46,20 @@ class StudentLayer:
     put: Callable[[nn.Module], None]  # places another module where the layer stands
 
     @property
+    def quantized(self) -> bool:
+        """Whether the layer has codes."""
+        return isinstance(self.module, PackedLinear)
+
+    @property
+    def packed(self) -> PackedWeight | None:
+        """Its codes; None: it has none. Where ranks have a share of them each, all of them have to ask."""
+        return self.module.packed if isinstance(self.module, PackedLinear) else None
+
+    @property
     def kept(self) -> Tensor | None:
         """Which weights may be other than zero, bool [out, in]; None: all."""
-        if self.keep is None and isinstance(self.packed, Sparse24IntWeight):
-            return self.packed.keep()
-        return self.keep
+        packed = self.packed if self.keep is None else None
+        return packed.keep() if isinstance(packed, Sparse24IntWeight) else self.keep
 
 
 @dataclass
@@ -65,9 +74,9 @@ class Student:
 
 @dataclass(frozen=True)
 class Recovered:
-    """What became of one layer. Exactly one of `packed` and `weight` is given."""
+    """What became of one layer."""
 
-    packed: PackedWeight | None = None
+    packed: PackedWeight | None = None  # None: its codes are what they were, or it has none
     weight: Tensor | None = None  # [out, in] float32, of a layer that is not quantized
     correction: Correction | None = None
     for_dense: Correction | None = None  # what was learned for the dense model instead

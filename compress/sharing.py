@@ -1,16 +1,17 @@
 """What ranks tell one another about a block: vectors of inputs that somebody else has summed, layers that somebody else
-has solved.
+has solved, and codes, while it is trained.
 """
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.calib.layers import Layer
 from compress.calib.ranks import Ranks
 from compress.calib.stats import LayerStats
 from compress.checkpoint.native import Contents, decode, encode
+from compress.kernels.linear import PackedLinear
 from compress.work import Finished
 
 VECTORS = ("x_sum", "x_sq", "x_min", "x_max", "sample")  # what is small of an input's statistics
@@ -74,3 +75,13 @@ def _encoded(finished: Sequence[Finished]) -> tuple[dict[str, Tensor], dict[str,
     stored = [done.stored for done in finished if done.stored is not None]
     dense = {done.layer.name: done.layer.weight for done in finished if done.packed is None}
     return encode(Contents(stored, dense, {done.layer.name: done.keep for done in finished if done.keep is not None}))
+
+
+def share_codes(block: nn.Module, ranks: Ranks) -> None:
+    """Leave each rank its share of the packed weights in a block that is trained.
+
+    They do not learn, so nothing is summed on the way. What learns is small, and every rank has all of it.
+    """
+    if not ranks.alone:
+        packed = [module for module in block.modules() if isinstance(module, PackedLinear)]
+        ranks.deal_out(block, [code for module in packed for code in module.as_parameters()])

@@ -12,15 +12,17 @@ from torch.utils.checkpoint import checkpoint
 
 from compress.calib.layers import Layer
 from compress.calib.model import Block, Model
+from compress.calib.ranks import ALONE, Ranks
 from compress.checkpoint.native import Contents
 from compress.checkpoint.stored import StoredLayer
 from compress.errors import InputError
 from compress.kernels.correction import Correction, correction_from
 from compress.kernels.inputs import InputQuantizer
-from compress.kernels.linear import CorrectedLinear, PackedLinear
+from compress.kernels.linear import PackedLinear
 from compress.kernels.weights import PackedWeight
 from compress.recovery import Recovered, Student, StudentLayer
 from compress.run_dir import Journal
+from compress.sharing import share_codes
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -36,14 +38,14 @@ class _StraightThrough(torch.autograd.Function):
 
 
 @contextmanager
-def student_of(model: Model, blocks: Iterable[Contents], journal: Journal) -> Iterator[Student]:
+def student_of(model: Model, blocks: Iterable[Contents], journal: Journal, ranks: Ranks = ALONE) -> Iterator[Student]:
     """The model with its finished `blocks`, all in memory while the context lasts; afterwards no block is.
 
     Each linear layer may have another put in its place, and keeps its codes of inputs, whose gradient is passed on as it
     is. Layers that are no `nn.Linear` (experts' slices, transformers' Conv1D) are what they decode to and learn
     nothing, with a line in the journal. Only what enters each block is kept for backward. Nothing is random: the model
     is in its evaluation mode. A float16 model is in float32 meanwhile, since float16 has no room for gradients; packed
-    weights stay as they are.
+    weights stay as they are. Each of `ranks` keeps a share of those.
     """
     half = list[Tensor]()
     blank = [copy.deepcopy(module) for module in model.modules]  # without weights
@@ -62,6 +64,7 @@ def student_of(model: Model, blocks: Iterable[Contents], journal: Journal) -> It
                     note = "recovery leaves it: it is no nn.Linear"
                     journal.write(event="note", layer=layer.name, note=note)
             _recompute(block.module)
+            share_codes(block.module, ranks)
         if model.dtype == torch.float16:
             half = _widened(model.lm)
             journal.write(
@@ -83,9 +86,10 @@ def with_results(contents: Contents, results: dict[str, Recovered], dtype: torch
     layers, dense = [], dict(contents.dense)
     for layer in contents.layers:
         result = results.get(layer.name)
-        if result is not None and result.packed is not None:
+        if result is not None:
             added = None if result.correction is None else _off(result.correction.rounded(dtype, adapter_bits))
-            layer = replace(layer, packed=moved(result.packed, "cpu"), correction=added)
+            packed = layer.packed if result.packed is None else moved(result.packed, "cpu")
+            layer = replace(layer, packed=packed, correction=added)
         layers.append(layer)
     for name, result in results.items():
         if result.weight is not None and (param := f"{name}.weight") in dense:
@@ -120,14 +124,15 @@ def _linear(model: Model, layer: Layer, stored: StoredLayer | None, keep: Tensor
     layer.quantize_inputs(None)
     place = _Place(model.lm, layer.name, None if stored is None else stored.inputs)
     module: Any = layer.owner
-    packed, correction = None, None
+    correction = None
     dtype = torch.float32 if model.dtype == torch.float16 else model.dtype
     if stored is not None:
-        packed, correction = moved(stored.packed, model.device), stored.correction
-        module = PackedLinear(packed, None if layer.bias is None else layer.bias.data, dtype)
-    place.put(module if correction is None else CorrectedLinear(module, correction))
+        bias, correction = None if layer.bias is None else layer.bias.data, stored.correction
+        module = PackedLinear(moved(stored.packed, model.device), bias, dtype)
+        module.correction = correction
+    place.put(module)
     mask = None if keep is None else keep.to(model.device)
-    return StudentLayer(layer.name, module, packed, mask, correction, dtype, layer.weight.float, place.put)
+    return StudentLayer(layer.name, module, mask, correction, dtype, layer.weight.float, place.put)
 
 
 def _freeze(layer: Layer, stored: StoredLayer | None) -> None:
@@ -143,10 +148,11 @@ def _widened(lm: nn.Module) -> list[Tensor]:
     """Make all of a model float32 that is float16, but for what packed weights are made of. Returns what was."""
     found: dict[int, Tensor] = {}
     for module in lm.modules():
-        tensors = [
-            *module._parameters.values(),
-            *({} if isinstance(module, PackedLinear) else module._buffers).values(),
-        ]
+        tensors = (
+            [module.bias]
+            if isinstance(module, PackedLinear)
+            else [*module._parameters.values(), *module._buffers.values()]
+        )
         found |= {id(tensor): tensor for tensor in tensors if tensor is not None and tensor.dtype == torch.float16}
     for tensor in found.values():
         tensor.data = tensor.data.float()

@@ -62,8 +62,9 @@ def held_out(n_windows: int) -> int:
 class Training:
     """One method's training: `begin` says how long it is, `run` takes it from where its session left it to its end.
 
-    Every rank has all of the model and takes its turn at the micro-batches of a step; all add their gradients in the
-    order of the micro-batches, so the result does not depend on how many ranks there are.
+    Every rank takes its turn at the micro-batches of a step, and one for which none is left goes along with the last: it
+    may have a share of the model that others need. All add up the gradients in the order of the micro-batches, so the
+    result does not depend on how many ranks there are.
     """
 
     def __init__(
@@ -183,10 +184,9 @@ class Training:
         """The gradients of a batch, and its loss."""
         total, batch = 0.0, self.course.batch(self.step, self.options.batch_size)
         parts, sums = batch.tensor_split(self.micro), _Gradients(self.lm, self.ranks)
-        for place, turn in self.ranks.turns(len(parts)):
-            value = 0.0
-            if place is not None:
-                index = turn[self.ranks.number][1]
+        for _, turn in self.ranks.turns(len(parts)):
+            index = self._own(turn)
+            with self.ranks.noticing():
                 with self.accelerator.autocast():
                     loss = self._loss(parts[index], self.step * self.micro + index)
                 share = len(parts[index]) / len(batch)
@@ -196,6 +196,10 @@ class Training:
             total = sum(self.ranks.gather(value)[: len(turn)], total)
         sums.install()
         return total
+
+    def _own(self, turn: list[tuple[int, int]]) -> int:
+        """Which micro-batch of a turn is this rank's."""
+        return turn[min(self.ranks.number, len(turn) - 1)][1]
 
     def _loss(self, at: Tensor, draw: int) -> Tensor:
         """The loss of some windows, at positions that `draw` chooses."""
@@ -218,10 +222,9 @@ class Training:
         """The loss of the held-out windows; a state that is the best so far is kept."""
         windows = torch.arange(len(self.course.windows))[-self.course.n_held_out :]
         parts, total = windows.split(self.options.micro_batch_size), 0.0
-        for place, turn in self.ranks.turns(len(parts)):
-            value = 0.0
-            if place is not None:
-                index = turn[self.ranks.number][1]
+        for _, turn in self.ranks.turns(len(parts)):
+            index = self._own(turn)
+            with self.ranks.noticing():
                 value = self._loss(parts[index], -1 - index).item() * len(parts[index])
             total = sum(self.ranks.gather(value)[: len(turn)], total)
         loss = self._require_finite("held-out loss", total / len(windows))

@@ -19,6 +19,7 @@ from torch import Tensor
 from compress.blocks import block_key
 from compress.calib.data import training_windows
 from compress.calib.model import Model
+from compress.calib.ranks import ALONE
 from compress.calib.texts import check_source
 from compress.calib.weight_files import read_all
 from compress.checkpoint.adapter import FOR_DENSE, peft_bytes, write_peft
@@ -119,7 +120,7 @@ def recovered_key(recipe: Recipe, index: int) -> str:
 
 
 class Recovery:
-    """What trains the blocks of a run that are finished: all ranks together, each with all of the packed model.
+    """What trains the blocks of a run that are finished: all ranks together.
 
     `dense`: opens the model as it came, to teach.
     """
@@ -177,10 +178,12 @@ class Recovery:
         session = Session(self._state(number), lambda *_: None, writes=self.work.ranks.first)
         self.peak = max(self.peak, peak_rss_bytes())
         own_peak = forget_peak()
-        with student_of(model, self._blocks(number - 1), run.journal) as student:
+        method = find_method("recover", name)
+        sharing = self.work.ranks if getattr(method, "KEEPS_CODES", False) else ALONE
+        with student_of(model, self._blocks(number - 1), run.journal, sharing) as student:
             student.windows = windows[: len(windows) - course.n_held_out]
             student.scatter = self._scatters(number)
-            learner = find_method("recover", name).recover_model(student, options)
+            learner = method.recover_model(student, options)
             training = Training(student.lm, learner, course, options, name, self.work.ranks)
             training.begin(TrainingBudget.read(self.recipe.recover_for), session)
             with (

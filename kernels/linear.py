@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from compress.kernels.correction import Correction
 from compress.kernels.weights import PackedWeight
@@ -64,16 +65,19 @@ class PackedLinear(nn.Linear):
     """A linear layer over a packed weight, which is decoded each time it is used and never kept.
 
     It is an `nn.Linear` with integers for a `weight`, which is how PEFT knows it as a layer to attach adapters to.
+    `correction`: what is added to the weight; it does not learn either.
     """
+
+    correction: Correction | None
 
     def __init__(self, packed: PackedWeight, bias: Tensor | None, dtype: torch.dtype):
         nn.Module.__init__(self)
         self.out_features, self.in_features = packed.shape
-        self.dtype = dtype
+        self.dtype, self.correction = dtype, None
         self._kind, self._description = type(packed), packed.description()
         tensors = packed.tensors()
-        self._names = list(tensors)
-        first, *others = self._names
+        first, *others = tensors
+        self._held = {first: "weight", **{name: name for name in others}}
         self.weight = nn.Parameter(tensors[first], requires_grad=False)
         for name in others:
             self.register_buffer(name, tensors[name])
@@ -81,13 +85,23 @@ class PackedLinear(nn.Linear):
 
     @property
     def packed(self) -> PackedWeight:
-        """The weight in its memory layout."""
-        tensors = {name: self.weight.data if i == 0 else getattr(self, name) for i, name in enumerate(self._names)}
+        """The weight in its memory layout. Where ranks have a share of it each, all of them have to ask."""
+        tensors = {name: _whole(getattr(self, held)) for name, held in self._held.items()}
         return self._kind.from_tensors(tensors, self._description)
 
+    def as_parameters(self) -> list[nn.Parameter]:
+        """All that the packed weight is made of, as frozen parameters, which is what `fully_shard` shares out."""
+        for name in self._held.values():
+            if name in self._buffers:
+                tensor = self.get_buffer(name)
+                delattr(self, name)
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        return [self.get_parameter(name) for name in self._held.values()]
+
     def values(self) -> Tensor:
-        """The weight, float32 [out, in]."""
-        return self.packed.dequantize()
+        """The weight and what is added to it, float32 [out, in]."""
+        weight = self.packed.dequantize()
+        return weight if self.correction is None else weight + self.correction.delta().to(weight.device)
 
     def dequantize(self) -> Tensor:
         """[out, in] in the model's dtype."""
@@ -104,13 +118,6 @@ class PackedLinear(nn.Linear):
         return out if self.bias is None else out + self.bias
 
 
-class CorrectedLinear(PackedLinear):
-    """A linear layer over a packed weight and what is added to it; neither learns."""
-
-    def __init__(self, layer: PackedLinear, correction: Correction):
-        super().__init__(layer.packed, None if layer.bias is None else layer.bias.data, layer.dtype)
-        self.correction = correction
-
-    def values(self) -> Tensor:
-        """The weight and what is added to it, float32 [out, in]."""
-        return super().values() + self.correction.delta().to(self.weight.device)
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor's values, fetched from the other ranks where each has a share (torch's `fully_shard`)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.data

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from compress.errors import InputError, RunError
 from compress.kernels.correction import Correction
-from compress.kernels.linear import CorrectedLinear, PackedLinear, recomputed_linear
+from compress.kernels.linear import PackedLinear, recomputed_linear
 from compress.recover.beginnings import leading_inputs, support
 from compress.recover.variants import AFTER, NAME, STEPS, STORED, VARIANTS, AdapterOptions, Factors, Variant
 from compress.recovery import Learner, ParameterGroup, Recovered, Student, StudentLayer
@@ -78,19 +78,18 @@ class _Adapted:
 
     @torch.no_grad()
     def result(self, factors: Factors | None, scatter: bool) -> Recovered:
-        if self.layer.packed is None and not scatter:
+        if not self.layer.quantized and not scatter:
             return Recovered(weight=self._folded(factors))
         assert factors is not None  # _check refuses others
         a, b = (factor.detach().float() for factor in factors(self.adapter))
         learned = a.ne(0).any(1)  # AdaLoRA leaves rows of zeros
         a, b = a[learned], b[:, learned].contiguous()
         if scatter:
-            packed, correction = self.layer.packed, self.layer.correction
-            weight = self.layer.module.weight.float() if packed is None else None
-            return Recovered(packed, weight, correction, for_dense=Correction(a, b))
+            weight = None if self.layer.quantized else self.layer.module.weight.float()
+            return Recovered(None, weight, self.layer.correction, for_dense=Correction(a, b))
         if self.fixed is not None:
             a, b = torch.cat([self.fixed.a.to(a), a]), torch.cat([self.fixed.b.to(b), b], 1)
-        return Recovered(self.layer.packed, correction=Correction(a, b, *self._single()))
+        return Recovered(correction=Correction(a, b, *self._single()))
 
     def _single(self) -> tuple[Tensor | None, Tensor | None]:
         """The places and the values of single weights beside a packed one."""
@@ -196,14 +195,14 @@ def attach(student: Student, options: AdapterOptions) -> AdapterLearner:
     adapted = []
     for base, layer in zip(bases, layers, strict=True):
         adapter = tuner.model.get_submodule(base.key)
-        if layer.packed is not None:
+        if layer.quantized:
             vars(adapter)["merge"] = _refuse_to_merge
         _as_float(adapter)
         if base.start is not None:
             _begin(adapter, base.start)
         if layer.name in directions:
             adapter.lora_A[NAME].weight.data = directions[layer.name]
-        keep = None if layer.packed is not None or student.scatter else layer.keep
+        keep = None if layer.quantized or student.scatter else layer.keep
         module = adapter
         if keep is not None or base.single is not None:
             assert variant.factors is not None  # _check refuses others
@@ -225,7 +224,7 @@ def _check(layer: StudentLayer, options: AdapterOptions, variant: Variant, scatt
     adds = tuple(name for name, each in VARIANTS.items() if each.factors)
     if scatter and options.variant not in STORED:
         what, fit = "to be written for the dense model, and no file could hold", STORED
-    elif layer.packed is not None and options.variant not in STORED:
+    elif layer.quantized and options.variant not in STORED:
         what, fit = "quantized, and no file could hold", STORED
     elif layer.keep is not None and variant.factors is None:
         what, fit = "pruned, and would not stay so with", adds
@@ -250,15 +249,13 @@ class _Base:
 def _base(layer: StudentLayer, options: AdapterOptions, scatter: bool) -> _Base:
     key, module, earlier = layer.name.replace(".", "-"), layer.module, layer.correction
     single = support(layer, options.sparse, options.rank) if options.sparse else None
-    if earlier is None or layer.packed is None:
+    if earlier is None or not isinstance(module, PackedLinear):
         return _Base(key, module, None, None, single)
-    assert isinstance(module, PackedLinear)  # as layers with packed weights are
     start = earlier if VARIANTS[options.variant].starts and earlier.rank and not scatter else None
     factors = (earlier.a, earlier.b) if start is None else (earlier.a[:0], earlier.b[:, :0])
     fixed = Correction(*factors) if single is not None else Correction(*factors, earlier.index, earlier.value)
-    if not fixed.rank and fixed.index is None:
-        return _Base(key, module, None, start, single)
-    return _Base(key, CorrectedLinear(module, fixed), fixed, start, single)
+    module.correction = fixed if fixed.rank or fixed.index is not None else None
+    return _Base(key, module, module.correction, start, single)
 
 
 def _injected(bases: list[_Base], options: AdapterOptions) -> Any:

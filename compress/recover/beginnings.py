@@ -107,7 +107,7 @@ def support(layer: StudentLayer, share: float, rank: int) -> Correction:
 
 def _lost(layer: StudentLayer) -> Tensor:
     """What a packed layer lacks of its dense weight; the weight of another layer. float32 [out, in]."""
-    if layer.packed is None:
+    if (packed := layer.packed) is None:
         return layer.module.weight.float()
-    lost = layer.dense().to(layer.module.weight.device) - layer.packed.dequantize()
+    lost = layer.dense().to(layer.module.weight.device) - packed.dequantize()
     return lost if layer.correction is None else lost - layer.correction.delta().to(lost.device)

@@ -32,7 +32,7 @@ class Options(TrainOptions):
 
 def recover_model(student: Student, options: Options) -> Learner:
     """Put layers whose scales and codebooks learn in place of all that are packed. Raises InputError if none is."""
-    packed = [layer for layer in student.layers.values() if layer.packed is not None]
+    packed = [layer for layer in student.layers.values() if layer.quantized]
     if not packed:
         raise InputError("grid has no packed layer to learn the scales of: quantize with --wbits, or use lora")
     layers = {layer.name: GridLinear(layer) for layer in packed}
@@ -47,12 +47,13 @@ class GridLinear(LearnedLinear):
 
     def __init__(self, layer: StudentLayer):
         super().__init__(layer)
-        assert layer.packed is not None
-        self._kind, self._description = type(layer.packed), layer.packed.description()
+        packed = layer.packed
+        assert packed is not None
+        self._kind, self._description = type(packed), packed.description()
         self._correction = layer.correction
         self._names = []
         self.moves = nn.ParameterDict()
-        for name, tensor in layer.packed.tensors().items():
+        for name, tensor in packed.tensors().items():
             self.register_buffer(name, tensor)
             self._names.append(name)
             if tensor.is_floating_point():

@@ -103,9 +103,10 @@ class MergedLinear(LearnedLinear):
 
     def __init__(self, layer: StudentLayer, options: Options, generator: torch.Generator):
         super().__init__(layer)
-        assert isinstance(layer.packed, IntWeight | Sparse24IntWeight)
-        packed = layer.packed.to_int()
-        self._kind, self._bits, self._symmetric = type(layer.packed), packed.bits, packed.symmetric
+        held = layer.packed
+        assert isinstance(held, IntWeight | Sparse24IntWeight)
+        packed = held.to_int()
+        self._kind, self._bits, self._symmetric = type(held), packed.bits, packed.symmetric
         self._ratio = options.alpha / options.rank
         self._one = 2 ** (14 - packed.bits)  # 16 bits then reach twice as far as the grid, to either side
         self._slope = 1 / math.sqrt(packed.group_size * (2 ** (packed.bits - packed.symmetric) - 1))

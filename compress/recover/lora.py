@@ -17,6 +17,7 @@ from compress.recover.variants import AdapterOptions
 from compress.recovery import Student
 
 NEEDS: frozenset[str] = frozenset()
+KEEPS_CODES = True  # so that many ranks need not have all of them each
 SCATTERS = True  # its adapters may be for the dense model
 
 

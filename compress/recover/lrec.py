@@ -3,9 +3,10 @@
 Chai et al., INT2.1: Towards Fine-Tunable Quantized Large Language Models with Error Correction through Low-Rank
 Adaptation, arXiv:2306.08162, section 3.2. The loss is the divergence from the dense model's next tokens and a little
 cross-entropy of the text's own. Any method may have compressed the model; after `low-rank` the adapters go on from its
-correction. Needs training text, all of the packed model in memory and the dense model's last hidden states on disk.
-Costs a forward and two backwards of the model a step, as blocks are recomputed; neither dense weights nor the packed
-layers' inputs are kept for backward (EMEF, section 3.1). Adds rank x (in + out) numbers a layer to the checkpoint.
+correction. Needs training text, the packed model in memory (each rank its share of the codes) and the dense model's last
+hidden states on disk. Costs a forward and two backwards of the model a step, as blocks are recomputed; neither dense
+weights nor the packed layers' inputs are kept for backward (EMEF, section 3.1). Adds rank x (in + out) numbers a layer
+to the checkpoint.
 """
 
 from typing import ClassVar
@@ -17,6 +18,7 @@ from compress.recover.variants import STORED, AdapterOptions
 from compress.recovery import Student
 
 NEEDS: frozenset[str] = frozenset()
+KEEPS_CODES = True  # so that many ranks need not have all of them each
 
 
 class Options(AdapterOptions):

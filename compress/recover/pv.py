@@ -66,7 +66,7 @@ class Options(TrainOptions):
 
 def recover_model(student: Student, options: Options) -> Learner:
     """Put a weight that has a gradient in the place of every quantized layer. Raises InputError if there is none."""
-    layers = {name: Tuned(layer, options) for name, layer in student.layers.items() if layer.packed is not None}
+    layers = {name: Tuned(layer, options) for name, layer in student.layers.items() if layer.quantized}
     if not layers:
         raise InputError("pv changes codes, and no layer of this recipe is quantized: add --wbits")
     return PVLearner(layers, options)
@@ -76,8 +76,9 @@ class Tuned:
     """One layer while it is tuned. What stands in the model is at every time what its codes decode to, rounded to its dtype."""
 
     def __init__(self, layer: StudentLayer, options: Options):
-        assert layer.packed is not None
-        self.codes, self.correction, self.options = taken_apart(layer.packed, layer.keep), layer.correction, options
+        packed = layer.packed
+        assert packed is not None
+        self.codes, self.correction, self.options = taken_apart(packed, layer.keep), layer.correction, options
         values = self.codes.values().detach()
         self.live = nn.Parameter(values.to(layer.dtype))
         self.refresh()

@@ -91,6 +91,19 @@ def test_a_lost_rank_ends_all_with_one_line_and_another_number_of_ranks_goes_on(
     assert files(out) == files(whole)
 
 
+def test_a_rank_that_is_lost_while_all_train_ends_all_with_one_line(tmp_path, llama_folder, text_file):
+    """The others wait for its share of the codes, in the midst of a forward or a backward."""
+    flags = "--wbits 2 --group-size 32 --quantizer rtn --recover lrec --recover-for 20000tokens --set lrec.seqlen=32"
+    ranks = start_ranks(arguments(llama_folder, text_file, tmp_path / "out", *flags.split()), tmp_path, 3)
+    journal = tmp_path / "out" / "run" / "log.jsonl"
+    assert ranks[1].reaches(lambda: journal.exists() and "held_out" in journal.read_text())
+    ranks[1].signal(signal.SIGKILL)
+    codes = [rank.finish().code for rank in ranks]
+    lines = [line for rank in ranks for line in rank.err.splitlines() if line.startswith("error")]
+    assert codes == [3, -signal.SIGKILL, 3]
+    assert len(lines) == 1 and "another rank is gone" in lines[0], lines
+
+
 def test_one_line_where_every_rank_meets_the_same_error(tmp_path, llama_folder, text_file):
     flags = "--wbits 4 --group-size 32 --nsamples 2".split()
     ended = run_ranks(arguments(llama_folder, text_file, tmp_path / "out", *flags), tmp_path, 3)

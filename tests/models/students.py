@@ -40,7 +40,7 @@ def student_of(*tasks: LayerTask, dtype: torch.dtype = torch.float32, bias: bool
         lm[task.name] = module.requires_grad_(False)
         put = _putter(lm, task.name)
         dense = task.original.clone
-        layers[task.name] = StudentLayer(task.name, lm[task.name], task.packed, task.keep, None, dtype, dense, put)
+        layers[task.name] = StudentLayer(task.name, lm[task.name], task.keep, None, dtype, dense, put)
     return Student(lm, layers, windows=torch.arange(48).view(2, 24))
 
 
