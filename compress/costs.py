@@ -27,7 +27,6 @@ from compress.whole_recovery import trained_options
 IMPORTS = 560 * 2**20  # resident bytes of python, torch, transformers, and what calibration text leaves behind
 TOKENIZER = 10  # resident bytes for each byte of tokenizer.json
 TRIED = 512  # tokens of the sequence that a block is tried on
-ELEMENT = 1e-9  # seconds of one number's turn in a simple operation that runs through memory
 DISK = 4e8  # bytes a second, of files that are written and synced
 CHUNK = 12 * 4 * 2**22  # bytes that a step holds of the weights it solves together
 
@@ -55,10 +54,10 @@ class Costs:
         found["solve"] = sum(solving.values())
         found |= {f"  solve: {name}": value for name, value in solving.items() if name}
         masked = sum(layer.n_weights for layer in self.layers if layer.plan.sparsity)
-        found["save"] = 2 * (self._packed_bytes + masked / 8) / DISK + 8 * ELEMENT * masked
+        found["save"] = 2 * (self._packed_bytes + masked / 8) / DISK + 4 * self._speeds.element * masked
         if self._needs:
             found["forward"] = (n_blocks - 1) * through
-        found["checkpoint"] = (2 * self._packed_bytes + self._outside) / DISK + 25 * ELEMENT * masked
+        found["checkpoint"] = (2 * self._packed_bytes + self._outside) / DISK
         return found
 
     def peak_bytes(self) -> int:
@@ -89,17 +88,17 @@ class Costs:
     def _products(self) -> float:
         """Of one block's sums of products, and of the matrices made of them."""
         if "hessian" not in self._needs:
-            return ELEMENT * 4 * self._tokens * sum(self._tried.inputs)
+            return self._speeds.element * 4 * self._tokens * sum(self._tried.inputs)
         bunches, drift = self._tokens / TOKENS_AT_ONCE, bool(self._drift)
         found = 0.0
         for width in self._tried.inputs:
             summed = width**2 * (0.5 + drift)  # numbers of a symmetric sum, and of the other
-            found += 2 * self._tokens * summed / self._speeds.inputs + ELEMENT * summed * (3 * bunches + 6)
+            found += 2 * self._tokens * summed / self._speeds.inputs + self._speeds.element * summed * (3 * bunches + 6)
         return found
 
     def _solving(self) -> Seconds:
         """Of all layers: of each method, and under "" of what is done to a layer whatever the method."""
-        flops, drift = self._speeds.exact, bool(self._drift)
+        flops, element, drift = self._speeds.exact, self._speeds.element, bool(self._drift)
         rehearsal = Rehearsal(self._steps, self.model.dtype, flops, self.model.device)
         found: Seconds = {"": 0.0}
         for layer in self.layers:
@@ -110,12 +109,12 @@ class Costs:
             made_up = 6 * in_features if drift and layer.plan.changes else 0
             products = layer.n_weights * (measured * (1 + len(each)) + made_up)
             fields = 4 * len(self._needs & FIELDS) / DISK
-            found[""] += products / flops + layer.n_weights * (ELEMENT * (24 + 10 * len(each)) + fields)
+            found[""] += products / flops + layer.n_weights * (element * (24 + 10 * len(each)) + fields)
         solvers = ["" if step is self._reuses else step.name for step in self._steps if step.matrices]
         if drift and self._reuses is None:
             solvers.append("")  # the factor that makes up for it is its own
         for name in solvers:
-            factors = sum(FACTOR * width**3 / flops + 20 * ELEMENT * width**2 for width in self._tried.inputs)
+            factors = sum(FACTOR * width**3 / flops + 20 * element * width**2 for width in self._tried.inputs)
             found[name] = found.get(name, 0.0) + self.model.n_blocks * factors
         return found
 
@@ -125,9 +124,10 @@ class Costs:
         starts = range(0, n, self.recipe.calib.refresh_gradients or n)
         weights = sum(layer.n_weights for layer in self.layers) / n
         fields = len(self._needs & FIELDS)
-        summed = self.recipe.calib.nsamples * weights * (1 + 2 * fields) * ELEMENT + 4 * fields * weights / DISK
+        summed = self.recipe.calib.nsamples * weights * (1 + 2 * fields) * self._speeds.element
+        stored = 4 * fields * weights / DISK
         head = 6 * self.model.lm.get_output_embeddings().weight.numel() * tokens / (0.7 * self._speeds.fast)
-        a_block = 2 * tried.load + 4 * tokens * tried.forward + summed
+        a_block = 2 * tried.load + 4 * tokens * tried.forward + summed + stored
         return sum((n - start) * a_block + head for start in starts)
 
     # ---- bytes ----
@@ -256,17 +256,26 @@ class _Tried:
 
 @dataclass(frozen=True)
 class _Speeds:
-    """Operations a second of matrix products."""
+    """Operations a second of matrix products, and what runs through memory."""
 
     exact: float  # in float32
     fast: float  # in the dtype that the model computes in
     inputs: float  # in float32, of values that the model's dtype holds
+    element: float  # seconds of one number's turn in a simple operation
 
     @classmethod
     def measured(cls, dtype: torch.dtype, device: str) -> "_Speeds":
         exact, fast = (_flops(each, device) for each in (torch.float32, dtype))
         with products_of(dtype):
-            return cls(exact, fast, _flops(torch.float32, device))
+            return cls(exact, fast, _flops(torch.float32, device), _element(device))
+
+
+def _element(device: str) -> float:
+    numbers, started = torch.ones(1 << 24, device=device), time.monotonic()
+    for _ in range(4):
+        numbers.mul_(1.0)
+    numbers[0].item()
+    return (time.monotonic() - started) / (4 * len(numbers))
 
 
 def _flops(dtype: torch.dtype, device: str) -> float:
