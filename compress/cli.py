@@ -269,6 +269,8 @@ def main() -> None:
     except USAGE_ERROR as error:
         code, line = 2, error.format_message()
     except Exception as error:
+        if "KeyboardInterrupt" in str(error):  # compiled libraries, such as pydantic's, put it into words
+            raise KeyboardInterrupt from error
         if debug:
             traceback.print_exc()
         code, line = failure(error, "--debug shows where")

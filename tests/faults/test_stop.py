@@ -50,6 +50,29 @@ def test_control_c_where_python_drops_exceptions_is_told_again():
     assert (done.returncode, done.stderr.strip()) == (130, LINE)
 
 
+WRAPPING = """
+import compress.cli
+from compress.__main__ import main
+from pydantic_core import SchemaSerializer
+class Meta(type):
+    def __getattribute__(cls, name):
+        if name == "__name__":
+            raise KeyboardInterrupt
+        return super().__getattribute__(name)
+class Stopped(metaclass=Meta):
+    pass
+def app(**flags):
+    SchemaSerializer({"type": "model", "cls": Stopped, "schema": {"type": "model-fields", "fields": {}}})
+compress.cli.app = app
+main()
+"""
+
+
+def test_control_c_that_a_library_makes_another_error_of():
+    done = subprocess.run([sys.executable, "-c", WRAPPING], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (130, LINE)
+
+
 @pytest.mark.slow
 def test_control_c_at_ten_moments_is_one_line_and_the_command_goes_on(every_stage, straight, digested, out):
     draw, command = random.Random(1), [*every_stage, "--out", out]
