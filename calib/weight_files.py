@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -111,17 +112,24 @@ def _header(file: Path) -> dict[str, Entry]:
     """Tensor names, dtypes and shapes of one shard."""
     try:
         with safe_open(file, framework="pt", backend="pread") as shard:
-            slices = {name: shard.get_slice(name) for name in shard.keys()}
-            entries = {n: Entry(file, s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+            return _entries(file, shard)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} is not a whole safetensors file ({error}): download it again") from error
-    if odd := [name for name, entry in entries.items() if math.prod(n or 1 for n in entry.shape) > LARGEST]:
-        raise InputError(f"{file} says that {odd[0]} is {list(entries[odd[0]].shape)}, which holds nothing: {MEND}")
+
+
+def _entries(file: Path, shard: Any) -> dict[str, Entry]:
+    """What an open shard holds. Raises SafetensorError for shapes that torch cannot count."""
+    slices = {name: shard.get_slice(name) for name in shard.keys()}
+    entries = {n: Entry(file, s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+    for name, entry in entries.items():
+        if math.prod(n or 1 for n in entry.shape) > LARGEST:
+            raise SafetensorError(f"{name} is said to be {list(entry.shape)}, which holds nothing")
     return entries
 
 
 def read_all(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Every tensor of one safetensors file, and its metadata."""
+    """Every tensor of one safetensors file, and its metadata. Raises SafetensorError or OSError if it is damaged."""
     with safe_open(file, framework="pt", backend="pread") as shard:
+        _entries(file, shard)
         tensors: dict[str, torch.Tensor] = {name: shard.get_tensor(name) for name in shard.keys()}
         return tensors, shard.metadata() or {}

@@ -2,12 +2,13 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, save_tiny, tiny_lm
 from transformers import AutoModelForCausalLM
 
 from compress.calib.model import Model
-from compress.calib.weight_files import WeightFiles
+from compress.calib.weight_files import WeightFiles, read_all
 from compress.errors import InputError
 from compress.sources import resolve_model
 
@@ -110,8 +111,10 @@ def test_a_tensor_that_is_empty_and_immense_is_named(tmp_path):
     """Its bytes are none, as its header says; torch cannot even count its elements."""
     header = json.dumps({"x": {"dtype": "F16", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(InputError, match=r"says that x is \[0, .*, which holds nothing"):
+    with pytest.raises(InputError, match=r"x is said to be \[0, .*, which holds nothing"):
         WeightFiles(tmp_path)
+    with pytest.raises(SafetensorError, match="which holds nothing"):
+        read_all(tmp_path / "model.safetensors")
 
 
 def test_a_damaged_shard_is_named(llama_folder, tmp_path):
