@@ -112,7 +112,7 @@ class Costs:
             made_up = 6 * in_features if drift and layer.plan.changes else 0
             products = layer.n_weights * (measured * (1 + len(each)) + made_up)
             fields = 4 * len(self._needs & FIELDS) / DISK
-            found[""] += products / flops + layer.n_weights * (element * (24 + 10 * len(each)) + fields)
+            found[""] += products / flops + layer.n_weights * (element * (12 + 5 * len(each)) + fields)
         solvers = ["" if step is self._reuses else step.name for step in self._steps if step.matrices]
         if drift and self._reuses is None:
             solvers.append("")  # the factor that makes up for it is its own

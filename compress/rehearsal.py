@@ -20,7 +20,7 @@ from compress.task import LayerPlan, LayerTask
 
 INPUTS = 512  # of a small layer, about
 FACTOR = 1.3  # times in³: operations of an inverse factor of a Hessian, as many as large products would do meanwhile
-THIN = 0.4  # of the speed of large products, what thin ones reach: those with a panel of a matrix, or a few columns
+THIN = 0.35  # of the speed of large products, what thin ones reach: those with a panel of a matrix, or a few columns
 TOKENS = 64  # that it has seen
 
 MEMORY = 1e-8  # seconds that a weight of a large layer takes longer, as it comes through memory
