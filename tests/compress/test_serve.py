@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tiny import save_tiny
+from tokenizers import Tokenizer
 
 pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
@@ -33,6 +34,9 @@ def native(tmp_path_factory):
     flags |= {"target": {"wbits": 4, "group_size": 32}, "calib": {"source": "builtin", "nsamples": 2, "seqlen": 16}}
     compress(read_recipe(None, flags), model, folder / "tiny-4", Reporter())
     assert open_weights(folder / "tiny-4").packed
+    words = Tokenizer.from_file(str(folder / "tiny-4" / "tokenizer.json"))
+    words.add_tokens(["strange"])  # which the model has no embedding of
+    words.save(str(folder / "tiny-4" / "tokenizer.json"))
     return folder / "tiny-4"
 
 
@@ -152,6 +156,13 @@ def test_malformed_input_is_survived(client, url):
         assert 400 <= status < 500, (body, text)
     assert ask(f"{url}/v1/completions", b" " * 3_000_000)[0] == 413
     assert complete(client).usage.completion_tokens == 8
+
+
+def test_a_word_without_an_embedding_is_refused_and_the_next_request_answered(url):
+    for prompt, status in (("w5 strange", 400), ("w5", 200)):
+        body = json.dumps({"model": "tiny-4", "prompt": prompt, "max_tokens": 2}).encode()
+        answered, said = ask(f"{url}/v1/completions", body)
+        assert answered == status and ("no embedding" in said) == (status == 400), said
 
 
 def test_a_wrong_key_is_refused(url):

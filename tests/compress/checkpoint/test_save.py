@@ -3,9 +3,11 @@
 import json
 
 import pytest
-from checkpoints import save_packed
+from checkpoints import save_packed, save_small
 
-from compress.checkpoint.save import copy_along
+from compress.calib.model import Model
+from compress.calib.weight_files import WeightFiles
+from compress.checkpoint.save import copy_along, plain_config
 from compress.errors import InputError
 from compress.export.source import Source
 
@@ -39,6 +41,14 @@ def test_what_asks_others_to_run_code_stays_behind(folders, key):
     copy_along(folder, out)
     for name in ("tokenizer_config.json", "preprocessor_config.json"):
         assert json.loads((out / name).read_text()) == {"bos_token": "<s>"}
+
+
+def test_neither_does_the_checkpoints_own_configuration_ask(tmp_path):
+    folder = save_small(tmp_path)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"auto_map": {"AutoConfig": "owner/name--evil.A"}}))
+    config = plain_config(Model(folder, WeightFiles(folder)))
+    assert "auto_map" not in config and config["model_type"] == "llama"
 
 
 def test_exports_say_nothing_of_code_either(tmp_path):
